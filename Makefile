@@ -1,0 +1,48 @@
+# Two commands: `make quickstart` and `make test`. Each does all of its own set-up, in .venv.
+
+PYTHON ?= python3
+VENV ?= .venv
+# The same pin fetches the CUDA build where the package index serves it, and the CPU build where it serves that.
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test long-test check bench install clean
+
+quickstart: install  ## raw text to a trained model, on whatever this machine has
+	@$(BIN)/dsllama quickstart $(ARGS)
+
+test: $(VENV)/.test  ## the whole test suite
+	$(BIN)/python -m pytest $(ARGS)
+
+long-test: $(VENV)/.test  ## the long campaigns
+	$(BIN)/python -m pytest -m long $(ARGS)
+
+check: $(VENV)/.test  ## lint and types
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.test  ## what it costs, beside what a user would pick instead; results in benchmarks/results
+	$(BIN)/python -m benchmarks.loader
+	$(BIN)/python -m benchmarks.encode
+	$(BIN)/python -m benchmarks.step
+
+install: $(VENV)/.installed
+
+$(VENV)/.torch:
+	@command -v $(PYTHON) >/dev/null || { echo "no $(PYTHON) here: install Python 3.10 or newer"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q '$(TORCH)'
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch setup.py
+	$(BIN)/python -m pip install -q -e .
+	@$(BIN)/python -m dsllama.quickstart --check-torch
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.installed
+	$(BIN)/python -m pip install -q -e '.[test]'
+	@touch $@
+
+clean:  ## the virtual environment and what the quickstart wrote
+	rm -rf $(VENV) runs/quickstart

@@ -1,0 +1,92 @@
+"""The command line of a TrainingConfig: one option for each field, its help from the field's docstring.
+
+    --config FILE  --max_lr 3e-4  --shuffle  --zero_stage=3   ->  TrainingConfig
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any, Literal, NoReturn, get_args, get_origin
+
+from dsllama.config import TrainingConfig, load_config
+from dsllama.errors import Problem, UserError, did_you_mean
+
+_BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are UserErrors like every other, and which takes no abbreviations."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(Problem("command line", message, f"see {self.prog} --help"))
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
+        parsed, rest = self.parse_known_args(args, namespace)
+        known = [option.lstrip("-") for action in self._actions for option in action.option_strings]
+        # A value that has no option before it belongs to the unknown option that it follows.
+        unknown = [word for word in rest if word.startswith("--")] or rest
+        if unknown:
+            names = [word.split("=")[0].lstrip("-") for word in unknown]
+            raise UserError([
+                Problem(word.split("=")[0], "there is no such option", did_you_mean(name, known))
+                for word, name in zip(unknown, names, strict=True)
+            ])
+        return parsed
+
+
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """Add `--config` and one option per field of TrainingConfig."""
+    parser.add_argument("--config", metavar="FILE", default=None, help="YAML or JSON file with the fields below")
+    group = parser.add_argument_group("configuration (each overrides the file)")
+    for name, field in TrainingConfig.model_fields.items():
+        choices = _choices(field.annotation)
+        metavar = "{" + ",".join(map(str, choices)) + "}" if choices else _kind(field.annotation)
+        default = ["'" + str(p) + "'" for p in field.default] if isinstance(field.default, list) else field.default
+        text = f"{field.description} (default: {'null' if default is None else default})"
+        options: dict[str, Any] = {"metavar": metavar, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
+        if bool in (field.annotation, *get_args(field.annotation)):
+            options |= {"nargs": "?", "const": "true"}
+        elif get_origin(field.annotation) is list:
+            options |= {"nargs": "*"}
+        group.add_argument(f"--{name}", **options)
+
+
+def config_from(arguments: argparse.Namespace) -> TrainingConfig:
+    """The configuration that parsed arguments describe. Raises UserError with everything that is wrong."""
+    given = {name: value for name, value in vars(arguments).items() if name in TrainingConfig.model_fields}
+    overrides = {
+        name: value if isinstance(value, list) else _from_text(value, TrainingConfig.model_fields[name].annotation)
+        for name, value in given.items()
+    }
+    return load_config(arguments.config, overrides)
+
+
+def _from_text(text: str, annotation: Any) -> Any:
+    """What a word on the command line means for a field; numbers stay text, the field's own check reads them."""
+    choices = _choices(annotation)
+    lowered = text.strip().lower()
+    if lowered in ("null", "none") and type(None) in get_args(annotation) and "none" not in choices:
+        return None
+    if bool in (annotation, *get_args(annotation)) and lowered in _BOOLEANS:
+        return _BOOLEANS[lowered]
+    for choice in choices:
+        if lowered == str(choice).lower():
+            return choice
+    return text
+
+
+def _choices(annotation: Any) -> tuple[Any, ...]:
+    parts = (annotation, *get_args(annotation)) if get_origin(annotation) is not Literal else (annotation,)
+    return tuple(choice for part in parts if get_origin(part) is Literal for choice in get_args(part))
+
+
+def _kind(annotation: Any) -> str:
+    kinds = [bool, int, float, list, str]
+    names = {bool: "BOOL", int: "N", float: "X", list: "TEXT", str: "PATH"}
+    parts = (annotation, get_origin(annotation), *get_args(annotation))
+    parts += tuple(inner for part in parts for inner in get_args(part))
+    return next(names[kind] for kind in kinds if kind in parts)

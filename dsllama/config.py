@@ -1,0 +1,267 @@
+"""TrainingConfig: every knob of a run, each with its meaning, its default and its check.
+
+    YAML or JSON file + command line -> values -> fields checked one by one -> rules between fields -> config
+
+Everything that is wrong is collected and raised as one UserError, before any work starts. Numbers that
+follow from these (accumulation, updates, parameters) are computed in `derived.py` and nowhere else.
+The fields that the textbook names keep its names and defaults.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from dsllama import rules
+from dsllama.errors import Problem, UserError, did_you_mean
+from dsllama.sizes import parse_count, parse_number
+
+Count = Annotated[int, BeforeValidator(parse_count)]
+Number = Annotated[float, BeforeValidator(parse_number), Field(allow_inf_nan=False)]
+Positive = Annotated[Count, Field(gt=0)]
+NotNegative = Annotated[Count, Field(ge=0)]
+Fraction = Annotated[Number, Field(ge=0, lt=1)]
+Device = Literal["none", "cpu", "nvme"]
+
+
+class TrainingConfig(BaseModel):
+    """All settings of one pretraining run. Raises UserError with every problem at once."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    # --- Paths ---
+    dataset_dir: str = "dataset"
+    """Folder of `.npy` token shards, as `dsllama encode` writes them."""
+    tokenizer_path: str = "bpe_8k.json"
+    """The tokenizer's JSON file, as `dsllama tokenizer` writes it."""
+    ckpt_dir: str = "checkpoints"
+    """Folder for checkpoints; the resolved configuration is saved there too. Shared between hosts."""
+    log_file: str = "training_progress.csv"
+    """CSV file, one row per logged update; the loss plot (.png) and the samples (.samples.txt) lie beside it."""
+    tensorboard_dir: str | None = None
+    """Folder for TensorBoard events. null: `tensorboard` beside log_file."""
+
+    # --- Batch ---
+    batch_size: Positive = 4
+    """Sequences per rank and micro-step (the micro-batch)."""
+    max_seq_len: Positive = 2048
+    """Tokens per sequence."""
+    tokens_per_update: Positive = 2**19
+    """Tokens per optimizer update, over all ranks and micro-steps; accumulation follows from it."""
+
+    # --- Model ---
+    n_embd: Positive = 2048
+    """Width of the model."""
+    n_heads: Positive = 32
+    """Attention heads."""
+    n_kv_heads: Positive | None = None
+    """Key-value heads (grouped-query attention). null: as many as n_heads."""
+    n_layers: Positive = 24
+    """Decoder blocks."""
+    multiple_of: Positive = 256
+    """The SwiGLU hidden size, int(8 n_embd / 3), is rounded up to a multiple of this."""
+    eps: Annotated[Number, Field(gt=0)] = 1e-5
+    """Added to the mean square in RMSNorm."""
+    theta: Annotated[Number, Field(gt=1)] = 10_000
+    """Base of the rotary position embedding."""
+    dropout: Fraction = 0.0
+    """Probability of dropout, in attention and after each branch."""
+    tie_embeddings: bool = False
+    """Use one matrix for the token embedding and the output head."""
+    vocab_size: Positive | None = None
+    """Rows of the embedding. null: the tokenizer's vocabulary; a larger number pads it."""
+
+    # --- Optimizer and schedule ---
+    warmup_iterations: NotNegative = 500
+    """Updates of linear warmup."""
+    max_lr: Annotated[Number, Field(gt=0)] = 3e-4
+    """Learning rate after warmup."""
+    min_lr: Annotated[Number, Field(ge=0)] = 3e-5
+    """Learning rate at the end (not for `constant`)."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls from max_lr to min_lr."""
+    beta1: Fraction = 0.9
+    """AdamW: decay of the first moment."""
+    beta2: Fraction = 0.95
+    """AdamW: decay of the second moment."""
+    adam_eps: Annotated[Number, Field(gt=0)] = 1e-8
+    """AdamW: added to the denominator."""
+    weight_decay: Annotated[Number, Field(ge=0)] = 0.1
+    """AdamW: decoupled weight decay, on all parameters."""
+    gradient_clipping: Annotated[Number, Field(ge=0)] = 1.0
+    """Largest global gradient norm; 0 for no clipping."""
+
+    # --- Length of the run, evaluation, checkpoints ---
+    training_tokens: Positive = 45_000_000_000
+    """Tokens to train on; the run ends with the first update that reaches them."""
+    log_interval: Positive = 1
+    """Updates between two rows of console, CSV and TensorBoard."""
+    eval_interval: Positive = 32
+    """Updates between two evaluations on the held-out part; also the update of the first sample."""
+    validation_tokens: NotNegative = 0
+    """Tokens at the end of the data set that are held out for validation; 0 for none."""
+    model_gen_multiplier: Annotated[Number, Field(gt=1)] = 1.5
+    """Samples are generated at update eval_interval, then each time the update has grown by this factor."""
+    sample_prompts: list[str] = ["The"]
+    """Prompts for the samples; an empty list for no samples."""
+    sample_tokens: Positive = 64
+    """New tokens per sample."""
+    sample_temperature: Annotated[Number, Field(ge=0)] = 0.8
+    """Temperature of the samples; 0 for greedy."""
+    sample_top_p: Annotated[Number, Field(gt=0, le=1)] = 0.95
+    """Nucleus of the samples."""
+    token_ckpt: Positive = 1_000_000_000
+    """Tokens between two checkpoints."""
+    load_ckpt: bool | str = False
+    """Resume: false starts anew, true takes the newest whole checkpoint of ckpt_dir, `auto` does so if there is one, a path takes that one."""
+    use_prev_scheduler: bool = True
+    """At resume, go on with the checkpoint's schedule; false takes this configuration's."""
+
+    # --- Data order ---
+    shuffle: bool = False
+    """Visit the sequences in a seeded random order, another one each epoch."""
+    seed: NotNegative = 1337
+    """Seed of the weights, of dropout and of the data order."""
+
+    # --- Speed ---
+    enable_compilation: bool = False
+    """Compile the model with torch.compile (needs a C++ compiler on CPU)."""
+    use_flash_attention: bool = True
+    """Fused attention (flash on CUDA); false takes the plain one with the same result."""
+    activation_checkpointing: bool = False
+    """Keep only each block's input and recompute the rest in backward: less memory, about a third slower."""
+    peak_tflops: Annotated[Number, Field(gt=0)] | None = None
+    """Peak TFLOP/s of one accelerator, for MFU. null: from the table of known ones."""
+
+    # --- DeepSpeed ---
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Type of weights and activations in forward and backward; the optimizer's copy is fp32."""
+    zero_stage: Literal[0, 1, 2, 3] | None = None
+    """What ZeRO partitions: 1 optimizer states, 2 also gradients, 3 also parameters. null: the overlay's, else 1."""
+    offload_optimizer: Device | None = None
+    """Where the optimizer states live. null: the overlay's, else on the accelerator ("none")."""
+    offload_params: Device | None = None
+    """Where the parameters live (ZeRO-3). null: the overlay's, else on the accelerator ("none")."""
+    nvme_path: str | None = None
+    """Folder on a local NVMe disk, for offload to nvme. null: the overlay's."""
+    deepspeed_overlay: str | None = None
+    """DeepSpeed JSON that is laid over the derived one, such as ds_configs/zero2.json."""
+
+    def __init__(self, **values: Any) -> None:
+        problems = [_unknown(name) for name in values if name not in type(self).model_fields]
+        known = {name: value for name, value in values.items() if name in type(self).model_fields}
+        try:
+            super().__init__(**known)
+        except ValidationError as error:
+            wrong = {str(detail["loc"][0]): detail["msg"] for detail in error.errors()}
+            problems += [_wrong_value(name, known[name], message) for name, message in wrong.items()]
+            # The sound fields are still held against each other, so that the user sees everything at once.
+            super().__init__(**{name: value for name, value in known.items() if name not in wrong})
+        else:
+            wrong = {}
+        problems += rules.check(self, skip=set(wrong))
+        if problems:
+            raise UserError(problems, "the configuration is wrong")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain values that YAML and JSON hold without loss."""
+        return self.model_dump(mode="json")
+
+    def save(self, path: Path) -> None:
+        """Write all fields to a YAML (or, by suffix, JSON) file that `load_config` reads back equal."""
+        values = self.to_dict()
+        text = json.dumps(values, indent=1) if path.suffix == ".json" else yaml.safe_dump(values, sort_keys=False)
+        path.write_text(text, encoding="utf-8")
+
+    def replace(self, **changes: Any) -> TrainingConfig:
+        """A copy with some fields changed, checked like a new one."""
+        return TrainingConfig(**{**self.model_dump(), **changes})
+
+
+def load_config(path: str | Path | None = None, overrides: dict[str, Any] | None = None) -> TrainingConfig:
+    """The configuration from a YAML or JSON file (or the defaults), with overrides laid over it.
+
+    Raises UserError with the file's problems, or with all problems of all fields.
+    """
+    values = read_settings(Path(path)) if path is not None else {}
+    try:
+        return TrainingConfig(**{**values, **(overrides or {})})
+    except UserError as error:
+        given = {name: f"--{name}" for name in overrides or {}}
+        given = {**{name: f"{path}: {name}" for name in values}, **given}
+        located = [Problem(given.get(p.where, p.where), p.rule, p.remedy, p.value) for p in error.problems]
+        raise UserError(located, error.title) from None
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML or JSON file; UserError with file and line if it is not one."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text, object_pairs_hook=_no_repeats) if path.suffix == ".json" else yaml.load(text, _Loader)
+    except FileNotFoundError:
+        ready = sorted(str(p) for p in Path("configs").glob("*.yaml"))
+        remedy = f"ready ones: {', '.join(ready)}" if ready else "give the path of a YAML or JSON file"
+        raise UserError(Problem(str(path), "there is no such configuration file", remedy)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(Problem(str(path), f"cannot be read ({error})", "give a readable UTF-8 file")) from None
+    except json.JSONDecodeError as error:
+        raise UserError(Problem(f"{path}:{error.lineno}", f"is not JSON ({error.msg})", "mend that line")) from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        reason = getattr(error, "problem", None) or "not YAML"
+        raise UserError(Problem(where, f"cannot be read as YAML ({reason})", "mend that line")) from None
+    except ValueError as error:
+        raise UserError(Problem(str(path), str(error), "keep one of them")) from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(Problem(str(path), "must hold `field: value` lines", "see configs/quickstart.yaml", values))
+    return {str(name): value for name, value in values.items()}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without its worst surprise: a key given twice is an error, not the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key_node.value!r} is given twice", problem_mark=key_node.start_mark)
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"gives {', '.join(map(repr, repeated))} twice")
+    return dict(pairs)
+
+
+def _unknown(name: str) -> Problem:
+    return Problem(name, "there is no such field", did_you_mean(name, TrainingConfig.model_fields))
+
+
+def _wrong_value(name: str, value: Any, message: str) -> Problem:
+    """pydantic's message in our form: it names the type or the bound, we add the choices and the meaning."""
+    field = TrainingConfig.model_fields[name]
+    choices = [choice for part in (field.annotation, *get_args(field.annotation)) for choice in _literals(part)]
+    rule = "must be one of " + ", ".join(map(str, dict.fromkeys(choices))) if choices else _plain(message)
+    return Problem(name, rule, f"{name}: {field.description}", value)
+
+
+def _literals(annotation: Any) -> tuple[Any, ...]:
+    from typing import get_origin
+
+    return get_args(annotation) if get_origin(annotation) is Literal else ()
+
+
+def _plain(message: str) -> str:
+    message = message.removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("a valid ")
+    return message if message.startswith(("is ", "must ")) else f"must be {message}"

@@ -1,0 +1,339 @@
+"""TrainingConfig + world size -> the complete DeepSpeed JSON, with nothing left "auto".
+
+    what the configuration derives   binding: an overlay may leave it out, say "auto", or say the same
+    what we recommend beside it      an overlay may change it (bucket sizes, monitors, ...)
+    the overlay                      ds_configs/*.json, or the user's own
+
+Every key is known, at every depth; the result has passed DeepSpeed's own configuration class.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from dsllama.config import TrainingConfig, read_settings
+from dsllama.derived import Derived
+from dsllama.errors import Problem, UserError, did_you_mean
+from dsllama.scheduler import DEEPSPEED_NAME
+
+Json = dict[str, Any]
+
+# DeepSpeed allocates whole buckets; larger ones than this gain nothing measurable and cost small GPUs dearly.
+_LARGEST_BUCKET = 200_000_000
+# DeepSpeed reports on its own every so many updates; ours reports, so: practically never.
+_NEVER = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class ZeroSettings:
+    """How ZeRO partitions and offloads: the configuration's values, else the overlay's, else the defaults."""
+
+    stage: int
+    offload_optimizer: str
+    offload_params: str
+    nvme_path: str | None
+
+
+def read_overlay(config: TrainingConfig) -> Json:
+    """The overlay's JSON, {} without one. Raises UserError if it cannot be read."""
+    if config.deepspeed_overlay is None:
+        return {}
+    path = Path(config.deepspeed_overlay)
+    if not path.is_file():
+        ready = ", ".join(sorted(str(p) for p in Path("ds_configs").glob("*.json")))
+        remedy = f"ready ones: {ready}" if ready else "give the path of a JSON file"
+        raise UserError(Problem("deepspeed_overlay", "there is no such file", remedy, str(path)))
+    return read_settings(path)
+
+
+def zero_settings(config: TrainingConfig, overlay: Json) -> ZeroSettings:
+    """The stage and offload of a run. An overlay speaks only where the configuration is silent (null)."""
+    zero = overlay.get("zero_optimization")
+    zero = zero if isinstance(zero, dict) else {}
+    parts = {name: zero.get(name) for name in ("offload_optimizer", "offload_param")}
+    optimizer, params = (part if isinstance(part, dict) else {} for part in parts.values())
+
+    def first(*values: Any) -> Any:
+        return next(value for value in values if value not in (None, "auto"))
+
+    return ZeroSettings(
+        stage=first(config.zero_stage, zero.get("stage"), 1),
+        offload_optimizer=first(config.offload_optimizer, optimizer.get("device"), "none"),
+        offload_params=first(config.offload_params, params.get("device"), "none"),
+        nvme_path=first(config.nvme_path, optimizer.get("nvme_path"), params.get("nvme_path"), ""),
+    )
+
+
+def deepspeed_config(config: TrainingConfig, derived: Derived, accelerator: str = "cuda") -> Json:
+    """The complete JSON for this run, accepted by DeepSpeed's own configuration class.
+
+    accelerator: "cuda" or "cpu"; only recommended settings depend on it (overlap, pinned memory).
+    Raises UserError with every unknown, misplaced or contradicting key of the overlay.
+    """
+    overlay = read_overlay(config)
+    problems = list(_unknown_keys(overlay, config))
+    zero = zero_settings(config, overlay)
+    problems += _impossible(zero)
+    binding = _binding(config, derived, zero)
+    problems += list(_contradictions(binding, overlay, config))
+    recommended = _recommended(derived, zero, accelerator)
+    problems += list(_stray_autos(_merge(recommended, binding), overlay, config))
+    if problems:
+        raise UserError(problems, "the DeepSpeed configuration is wrong")
+    complete = _merge(_merge(recommended, overlay), binding)
+    _pass_deepspeeds_own_check(complete, config, derived.world_size)
+    return complete
+
+
+def _binding(config: TrainingConfig, derived: Derived, zero: ZeroSettings) -> Json:
+    zero_json: Json = {"stage": zero.stage}
+    for name, device in (("offload_optimizer", zero.offload_optimizer), ("offload_param", zero.offload_params)):
+        if device != "none":
+            zero_json[name] = {"device": device}
+            if device == "nvme":
+                zero_json[name]["nvme_path"] = zero.nvme_path
+    return {
+        "train_batch_size": derived.sequences_per_update,
+        "train_micro_batch_size_per_gpu": config.batch_size,
+        "gradient_accumulation_steps": derived.gradient_accumulation_steps,
+        "optimizer": {"type": "AdamW", "params": _adamw(config, zero)},
+        "scheduler": {
+            "type": DEEPSPEED_NAME,
+            "params": {
+                "schedule": config.schedule,
+                "training_steps": derived.updates,
+                "warmup_steps": config.warmup_iterations,
+                "max_lr": config.max_lr,
+                "min_lr": config.min_lr,
+            },
+        },
+        "bf16": {"enabled": config.precision == "bf16"},
+        "fp16": {"enabled": config.precision == "fp16"},
+        "data_types": {"grad_accum_dtype": _accumulation_dtype(config, zero)},
+        # Always said: DeepSpeed clips at 1.0 where it is left out.
+        "gradient_clipping": config.gradient_clipping,
+        "zero_optimization": zero_json,
+    }
+
+
+def _adamw(config: TrainingConfig, zero: ZeroSettings) -> Json:
+    parameters: Json = {
+        "lr": config.max_lr,
+        "betas": [config.beta1, config.beta2],
+        "eps": config.adam_eps,
+        "weight_decay": config.weight_decay,
+    }
+    if zero.offload_optimizer == "none":
+        # torch's fused AdamW needs no compiler at start, on CPU or CUDA; offload takes DeepSpeedCPUAdam.
+        parameters |= {"torch_adam": True, "fused": True}
+    return parameters
+
+
+def _accumulation_dtype(config: TrainingConfig, zero: ZeroSettings) -> str:
+    # Stage 0 refuses a mix ("unsupported mix of model_dtype and grad_accum_dtype"): it accumulates in the model's type.
+    return config.precision if zero.stage == 0 else "fp32"
+
+
+def _recommended(derived: Derived, zero: ZeroSettings, accelerator: str) -> Json:
+    bucket = min(_LARGEST_BUCKET, derived.parameters)
+    zero_json: Json = {
+        "contiguous_gradients": True,
+        "overlap_comm": accelerator != "cpu" and zero.stage >= 2,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+    }
+    for name, device in (("offload_optimizer", zero.offload_optimizer), ("offload_param", zero.offload_params)):
+        if device != "none":
+            zero_json[name] = {"pin_memory": accelerator != "cpu"}
+    return {
+        "steps_per_print": _NEVER,
+        "wall_clock_breakdown": False,
+        "tensorboard": {"enabled": False},
+        "csv_monitor": {"enabled": False},
+        "wandb": {"enabled": False},
+        "comet": {"enabled": False},
+        "zero_optimization": zero_json,
+    }
+
+
+def _impossible(zero: ZeroSettings) -> list[Problem]:
+    """Combinations that only show once configuration and overlay are put together."""
+    problems = []
+    if zero.stage not in (0, 1, 2, 3):
+        problems.append(Problem("zero_optimization.stage", "must be 0, 1, 2 or 3", value=zero.stage))
+    elif zero.offload_params != "none" and zero.stage != 3:
+        problems.append(Problem("offload_params", f"needs zero_stage 3, not {zero.stage}", value=zero.offload_params))
+    elif zero.offload_optimizer != "none" and zero.stage == 0:
+        problems.append(Problem("offload_optimizer", "needs zero_stage 1 or more", value=zero.offload_optimizer))
+    elif zero.offload_optimizer == "nvme" and zero.stage != 3:
+        problems.append(Problem("offload_optimizer", f"to nvme needs zero_stage 3, not {zero.stage}"))
+    if "nvme" in (zero.offload_optimizer, zero.offload_params) and not zero.nvme_path:
+        problems.append(Problem("nvme_path", "must name a folder on the NVMe disk", "use --nvme_path /local/nvme"))
+    return problems
+
+
+def _merge(base: Json, above: Json) -> Json:
+    """`above` laid over `base`, at every depth; neither is changed."""
+    merged = copy.deepcopy(base)
+    for key, value in above.items():
+        both_sections = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both_sections else copy.deepcopy(value)
+    return merged
+
+
+def _leaves(tree: Json, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, (*path, str(key)))
+        else:
+            yield (*path, str(key)), value
+
+
+def _contradictions(binding: Json, overlay: Json, config: TrainingConfig) -> Iterator[Problem]:
+    derived = dict(_leaves(binding))
+    for path, value in _leaves(overlay):
+        if path in derived and value != "auto" and value != derived[path]:
+            yield Problem(
+                f"{config.deepspeed_overlay}: {'.'.join(path)}",
+                f"contradicts the configuration, which gives {json.dumps(derived[path])} ({_origin(path)})",
+                'leave it out of the overlay or write "auto", and set it in the configuration',
+                value,
+            )
+    # An offload that the configuration rules out is not a leaf of the binding, so it is compared by itself.
+    for name, ours in (("offload_optimizer", config.offload_optimizer), ("offload_param", config.offload_params)):
+        section = overlay.get("zero_optimization")
+        theirs = section.get(name) if isinstance(section, dict) else None
+        if ours == "none" and isinstance(theirs, dict) and theirs.get("device", "none") not in ("none", "auto"):
+            yield Problem(
+                f"{config.deepspeed_overlay}: zero_optimization.{name}.device",
+                f'contradicts the configuration, which gives "none" ({_origin(("zero_optimization", name))})',
+                "remove one of the two",
+                theirs["device"],
+            )
+
+
+def _stray_autos(complete: Json, overlay: Json, config: TrainingConfig) -> Iterator[Problem]:
+    known = dict(_leaves(complete))
+    for path, value in _leaves(overlay):
+        if value == "auto" and path not in known:
+            yield Problem(f"{config.deepspeed_overlay}: {'.'.join(path)}", "nothing derives this value",
+                          "write the value, or leave the key out", value)
+
+
+_ORIGINS = {
+    "train_batch_size": "tokens_per_update / max_seq_len",
+    "train_micro_batch_size_per_gpu": "batch_size",
+    "gradient_accumulation_steps": "tokens_per_update / (batch_size x max_seq_len x ranks)",
+    "optimizer": "max_lr, beta1, beta2, adam_eps, weight_decay",
+    "scheduler": "schedule, max_lr, min_lr, warmup_iterations, training_tokens",
+    "bf16": "precision",
+    "fp16": "precision",
+    "data_types": "precision and zero_stage",
+    "gradient_clipping": "gradient_clipping",
+}
+
+
+def _origin(path: tuple[str, ...]) -> str:
+    zero = {"offload_optimizer": "offload_optimizer", "offload_param": "offload_params", "stage": "zero_stage"}
+    return zero.get(path[1], "nvme_path") if path[0] == "zero_optimization" else _ORIGINS[path[0]]
+
+
+def _unknown_keys(overlay: Json, config: TrainingConfig) -> Iterator[Problem]:
+    yield from _unknown_in(overlay, _known_keys(), config.deepspeed_overlay or "", ())
+
+
+def _unknown_in(section: Json, known: Json, file: str, path: tuple[str, ...]) -> Iterator[Problem]:
+    for key, value in section.items():
+        where = f"{file}: {'.'.join((*path, str(key)))}"
+        if key not in known:
+            yield Problem(where, "DeepSpeed has no such key here", did_you_mean(str(key), known))
+        elif isinstance(known[key], dict) and value is not None:
+            if not isinstance(value, dict):
+                yield Problem(where, "must be a section { ... }", value=value)
+            elif known[key]:
+                yield from _unknown_in(value, known[key], file, (*path, str(key)))
+
+
+@functools.cache
+def _known_keys() -> Json:
+    """Every key that DeepSpeed reads, as a tree: {} is a free section, None a plain value.
+
+    Sections come from DeepSpeed's own pydantic classes where it has them; the rest from its reference page.
+    """
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.monitor.config import DeepSpeedMonitorConfig
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    adamw = _plain("lr betas eps weight_decay torch_adam fused foreach adam_w_mode bias_correction fp32_optimizer_states")
+    schedule = _plain("schedule training_steps warmup_steps max_lr min_lr")
+    return {
+        **_plain("train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping "
+                 "steps_per_print wall_clock_breakdown memory_breakdown dump_state prescale_gradients "
+                 "gradient_predivide_factor communication_data_type seq_parallel_communication_data_type "
+                 "disable_allgather zero_allow_untested_optimizer zero_force_ds_cpu_optimizer log_level "
+                 "disable_python_gc gradient_allreduce_op graph_harvesting"),
+        "optimizer": {"type": None, "params": adamw, "legacy_fusion": None},
+        "scheduler": {"type": None, "params": schedule},
+        "fp16": _fields_of(DeepSpeedFP16Config) | _plain("fp16_master_weights_and_grads"),
+        "bf16": _fields_of(DeepSpeedBF16Config) | _plain("bf16_master_weights_and_grads bf16_optimizer_states"),
+        "data_types": _plain("grad_accum_dtype param_dtype buffer_dtype keep_in_fp32_modules"),
+        "zero_optimization": _fields_of(DeepSpeedZeroConfig),
+        "activation_checkpointing": _plain(
+            "partition_activations cpu_checkpointing contiguous_memory_optimization number_checkpoints "
+            "synchronize_checkpoint_boundary profile"),
+        **{name: _fields_of(field.annotation) for name, field in DeepSpeedMonitorConfig.model_fields.items()},
+        "flops_profiler": _plain("enabled recompute_fwd_factor profile_step module_depth top_modules detailed output_file"),
+        "comms_logger": _fields_of(CommsLoggerConfig),
+        "aio": _plain("block_size queue_depth intra_op_parallelism single_submit overlap_events use_gds"),
+        "torch_autocast": _plain("enabled dtype lower_precision_safe_modules"),
+        "compile": {},
+        "checkpoint": {},
+        "timers": {},
+    }
+
+
+def _plain(names: str) -> Json:
+    return dict.fromkeys(names.split())
+
+
+def _fields_of(model: Any) -> Json:
+    keys: Json = {}
+    for name, field in model.model_fields.items():
+        parts = (field.annotation, *typing.get_args(field.annotation))
+        section = next((p for p in parts if isinstance(p, type) and issubclass(p, BaseModel)), None)
+        for key in filter(None, (name, field.alias)):
+            keys[key] = _fields_of(section) if section else None
+    return keys
+
+
+def _pass_deepspeeds_own_check(complete: Json, config: TrainingConfig, world_size: int) -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.utils import logger
+
+    class Check(DeepSpeedConfig):
+        def _configure_train_batch_size(self) -> None:
+            # Outside a launch DeepSpeed believes in one rank; the triple is held against the real number.
+            self.world_size = world_size
+            super()._configure_train_batch_size()
+
+    level = logger.level
+    logger.setLevel("ERROR")
+    try:
+        Check(copy.deepcopy(complete))
+    except Exception as error:  # DeepSpeed raises whatever comes: assertions, pydantic's errors, its own.
+        reason = " ".join(str(error).split())[:400]
+        where = config.deepspeed_overlay or "the derived DeepSpeed configuration"
+        raise UserError(Problem(where, f"DeepSpeed refuses it: {reason}", "see the DeepSpeed configuration reference"),
+                        "the DeepSpeed configuration is wrong") from None
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,70 @@
+"""What goes wrong through the user's doing, said so that the user can mend it.
+
+Every check in dsllama returns or collects `Problem`s; whoever asked for the work raises them together as
+one `UserError`. The command line prints it on one screen and exits with code 2, without a traceback.
+A programmer's mistake is an `assert` or an ordinary exception instead, and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+EXIT_USER_ERROR = 2
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake.
+
+    where: the field, file or file:line that is wrong. rule: what must hold, with the offending value in it
+    where that helps. remedy: what to do, with the nearest values that would work; may be empty where the
+    rule says it already. value: what was found; None leaves it out.
+    """
+
+    where: str
+    rule: str
+    remedy: str = ""
+    value: Any = None
+
+    def __str__(self) -> str:
+        found = "" if self.value is None else f" = {_shorten(self.value)}"
+        remedy = f"\n      -> {self.remedy}" if self.remedy else ""
+        return f"{self.where}{found}: {self.rule}{remedy}"
+
+
+class UserError(Exception):
+    """One or more mistakes of the user's, collected before any work starts."""
+
+    def __init__(self, problems: Problem | Iterable[Problem], title: str = "dsllama cannot start"):
+        self.problems = [problems] if isinstance(problems, Problem) else list(problems)
+        self.title = title
+        super().__init__(self.render())
+
+    def render(self, limit: int = 20) -> str:
+        """The whole message: a title, then at most `limit` problems, numbered when there are several."""
+        count = len(self.problems)
+        if count == 1:
+            return f"{self.title}: {self.problems[0]}"
+        lines = [f"{self.title}: {count} problems"]
+        lines += [f"  {n}. {problem}" for n, problem in enumerate(self.problems[:limit], 1)]
+        if count > limit:
+            lines.append(f"  ... and {count - limit} more of the same run")
+        return "\n".join(lines)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A remedy for an unknown name: the nearest known one, or the list of them if none is near."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if near:
+        return f"did you mean {near[0]!r}?"
+    listing = ", ".join(names)
+    return f"known: {listing}" if len(listing) < 300 else "see --help for the list"
+
+
+def _shorten(value: Any, width: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= width else text[: width - 3] + "..."

@@ -1,0 +1,116 @@
+"""Rules between fields of a TrainingConfig, each with the nearest values that would keep it.
+
+A rule names the fields that it reads, so that it is left out when one of them is already wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from dsllama.errors import Problem
+from dsllama.sizes import nearest_divisors, nearest_multiples
+
+if TYPE_CHECKING:
+    from dsllama.config import TrainingConfig
+
+Rule = Callable[["TrainingConfig"], Iterator[Problem]]
+_RULES: list[tuple[frozenset[str], Rule]] = []
+
+
+def check(config: TrainingConfig, skip: set[str]) -> list[Problem]:
+    """Every rule that is broken, leaving out the rules that read a field in `skip`."""
+    return [problem for fields, rule in _RULES if not fields & skip for problem in rule(config)]
+
+
+def check_world_size(config: TrainingConfig, world_size: int) -> list[Problem]:
+    """Whether tokens_per_update is a whole number of micro-steps on `world_size` ranks."""
+    micro_step = config.batch_size * config.max_seq_len * world_size
+    if config.tokens_per_update % micro_step == 0:
+        return []
+    sequences, remainder = divmod(config.tokens_per_update, config.max_seq_len)
+    values = " or ".join(map(str, nearest_multiples(config.tokens_per_update, micro_step)))
+    remedy = f"use tokens_per_update {values}"
+    if remainder == 0 and sequences % world_size == 0:
+        batches = nearest_divisors(config.batch_size, sequences // world_size)
+        remedy += f", or batch_size {' or '.join(map(str, batches))}"
+    elif remainder == 0 and sequences % config.batch_size == 0:
+        worlds = nearest_divisors(world_size, sequences // config.batch_size)
+        remedy += f", or {' or '.join(map(str, worlds))} ranks"
+    product = f"{config.batch_size} x {config.max_seq_len} x {world_size} = {micro_step}"
+    rule = f"must be a multiple of batch_size x max_seq_len x ranks = {product}"
+    return [Problem("tokens_per_update", rule, remedy, config.tokens_per_update)]
+
+
+def _rule(*fields: str) -> Callable[[Rule], Rule]:
+    def register(rule: Rule) -> Rule:
+        _RULES.append((frozenset(fields), rule))
+        return rule
+
+    return register
+
+
+@_rule("tokens_per_update", "batch_size", "max_seq_len")
+def _update_is_whole_micro_steps(c: TrainingConfig) -> Iterator[Problem]:
+    yield from check_world_size(c, 1)
+
+
+@_rule("n_embd", "n_heads")
+def _heads_divide_width(c: TrainingConfig) -> Iterator[Problem]:
+    if c.n_embd % c.n_heads:
+        widths = " or ".join(map(str, nearest_multiples(c.n_embd, 2 * c.n_heads)))
+        heads = " or ".join(map(str, nearest_divisors(c.n_heads, c.n_embd)))
+        yield Problem("n_embd", f"must be a multiple of n_heads = {c.n_heads}",
+                      f"use n_embd {widths}, or n_heads {heads}", c.n_embd)
+    elif c.n_embd // c.n_heads % 2:
+        widths = " or ".join(map(str, nearest_multiples(c.n_embd, 2 * c.n_heads)))
+        yield Problem("n_embd", f"gives heads of odd size n_embd / n_heads = {c.n_embd // c.n_heads}; rotary "
+                      "embedding turns pairs of channels", f"use n_embd {widths}", c.n_embd)
+
+
+@_rule("n_heads", "n_kv_heads")
+def _kv_heads_divide_heads(c: TrainingConfig) -> Iterator[Problem]:
+    if c.n_kv_heads is not None and c.n_heads % c.n_kv_heads:
+        nearest = " or ".join(map(str, nearest_divisors(c.n_kv_heads, c.n_heads)))
+        yield Problem("n_kv_heads", f"must divide n_heads = {c.n_heads}", f"use {nearest}", c.n_kv_heads)
+
+
+@_rule("max_lr", "min_lr", "schedule")
+def _rate_falls(c: TrainingConfig) -> Iterator[Problem]:
+    if c.schedule != "constant" and c.min_lr > c.max_lr:
+        yield Problem("min_lr", f"must not be above max_lr = {c.max_lr}", f"use {c.max_lr / 10:g}", c.min_lr)
+
+
+@_rule("warmup_iterations", "training_tokens", "tokens_per_update", "schedule")
+def _warmup_ends(c: TrainingConfig) -> Iterator[Problem]:
+    updates = -(-c.training_tokens // c.tokens_per_update)
+    if c.schedule != "constant" and c.warmup_iterations >= updates:
+        yield Problem("warmup_iterations", f"must be below the {updates} updates of this run (training_tokens / "
+                      "tokens_per_update)", f"use {min(updates - 1, max(updates // 20, 1))}", c.warmup_iterations)
+
+
+@_rule("zero_stage", "offload_optimizer")
+def _optimizer_offload_needs_zero(c: TrainingConfig) -> Iterator[Problem]:
+    if c.zero_stage == 0 and c.offload_optimizer in ("cpu", "nvme"):
+        yield Problem("offload_optimizer", "needs ZeRO", "use zero_stage 1, 2 or 3", c.offload_optimizer)
+    if c.zero_stage in (1, 2) and c.offload_optimizer == "nvme":
+        yield Problem("offload_optimizer", f"to nvme needs zero_stage 3, not {c.zero_stage}",
+                      "use zero_stage 3, or offload_optimizer cpu", c.offload_optimizer)
+
+
+@_rule("zero_stage", "offload_params")
+def _parameter_offload_needs_zero_3(c: TrainingConfig) -> Iterator[Problem]:
+    if c.offload_params in ("cpu", "nvme") and c.zero_stage in (0, 1, 2):
+        yield Problem("offload_params", f"needs zero_stage 3, not {c.zero_stage}", "use zero_stage 3", c.offload_params)
+
+
+@_rule("offload_optimizer", "offload_params", "nvme_path", "deepspeed_overlay")
+def _nvme_needs_a_path(c: TrainingConfig) -> Iterator[Problem]:
+    if "nvme" in (c.offload_optimizer, c.offload_params) and c.nvme_path is None and c.deepspeed_overlay is None:
+        yield Problem("nvme_path", "must name a folder when something is offloaded to nvme", "use --nvme_path /local/nvme")
+
+
+@_rule("load_ckpt")
+def _resume_names_something(c: TrainingConfig) -> Iterator[Problem]:
+    if isinstance(c.load_ckpt, str) and not c.load_ckpt.strip():
+        yield Problem("load_ckpt", "must be true, false, auto or a path", "use true for the newest one", c.load_ckpt)

@@ -1,0 +1,82 @@
+"""Numbers as people write them: `45e9`, `2**19`, `512K`, `1_000`.
+
+K, M and G are powers of 1024, because batch sizes and sequence lengths are (`512K` is the textbook's
+`2**19`); B is 10**9, because budgets are ("45B tokens"). Anything else is written with an exponent.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+_SUFFIXES = {"K": 2**10, "M": 2**20, "G": 2**30, "B": 10**9}
+_EXAMPLES = "write it like 524288, 2**19, 512K or 45e9"
+
+
+def parse_number(value: Any) -> Any:
+    """A float from a number or from text like `3e-4`, `2**-10`, `1_000`; other types pass through unchanged.
+
+    Raises ValueError for text that is not a finite number.
+    """
+    if not isinstance(value, str):
+        return value
+    text = value.strip().replace("_", "")
+    try:
+        power = re.fullmatch(r"(\d{1,4})\s*\*\*\s*(-?\d{1,3})", text)
+        if power:
+            return float(int(power[1]) ** int(power[2]))
+        if text and text[-1].upper() in _SUFFIXES:
+            return float(text[:-1]) * _SUFFIXES[text[-1].upper()]
+        return float(text)
+    except (ValueError, OverflowError, ZeroDivisionError):
+        raise ValueError(f"is not a number; {_EXAMPLES}") from None
+
+
+def parse_count(value: Any) -> Any:
+    """An int from a whole number or from text (see module); other types pass through unchanged.
+
+    Raises ValueError where the number is not whole.
+    """
+    if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d+\s*", value.replace("_", "")):
+        return int(value.replace("_", ""))
+    number = parse_number(value)
+    if isinstance(number, float):
+        if not math.isfinite(number) or number != int(number):
+            raise ValueError(f"must be a whole number; {_EXAMPLES}")
+        return int(number)
+    return number
+
+
+def nearest_multiples(value: int, of: int) -> list[int]:
+    """The positive multiples of `of` just below and just above `value`, nearest first."""
+    below = value // of * of
+    candidates = [n for n in (below, below + of) if n > 0]
+    return sorted(candidates, key=lambda n: abs(n - value))
+
+
+def nearest_divisors(value: int, of: int, count: int = 2) -> list[int]:
+    """The divisors of `of` that lie nearest to `value`, nearest first."""
+    divisors = {d for low in range(1, math.isqrt(of) + 1) if of % low == 0 for d in (low, of // low)}
+    return sorted(divisors, key=lambda d: (abs(d - value), d))[:count]
+
+
+def readable(number: float) -> str:
+    """1234567 -> '1.23M': powers of 1000, three significant digits, for people only."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if abs(number) >= size * 0.9995:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.3g}" if isinstance(number, float) else str(number)
+
+
+def readable_duration(seconds: float) -> str:
+    """3725 -> '1h02m'; 95 -> '1m35s'; 7.2 -> '7s'; days where there are many hours."""
+    if not math.isfinite(seconds):
+        return "?"
+    whole = max(0, round(seconds))
+    days, hours, minutes = whole // 86400, whole // 3600 % 24, whole // 60 % 60
+    if days:
+        return f"{days}d{hours:02d}h"
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{whole % 60:02d}s" if minutes else f"{whole}s"

@@ -1,0 +1,304 @@
+"""Checkpoints: a folder exists wholly or not at all, and its manifest says what it holds.
+
+    ckpt_dir/update_0000300/            published by one rename of ckpt_dir/.writing-update_0000300
+        manifest.json                   update, tokens, loss, data position, topology, size and sha256 of every file
+        config.yaml deepspeed.json tokenizer.json
+        engine/                         DeepSpeed's own files (weights, optimizer, scheduler)
+        random_rank_0.pt ...            each rank's random state
+
+The newest folder whose manifest fits its files is the one to resume from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dsllama.config import TrainingConfig, load_config
+from dsllama.errors import Problem, UserError
+from dsllama.training import engine as deepspeed_engine
+from dsllama.training.engine import TAG, World
+
+MANIFEST = "manifest.json"
+FORMAT = "dsllama-checkpoint-1"
+_NAME = re.compile(r"update_(\d{7,})")
+# What must be the same for the weights to fit, and for "update u" to mean the same samples.
+_SHAPE = ("n_embd", "n_heads", "n_kv_heads", "n_layers", "multiple_of", "eps", "theta", "tie_embeddings")
+_PACE = ("max_seq_len", "tokens_per_update")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint on disk."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def update(self) -> int:
+        return self.manifest["update"]
+
+    @property
+    def tokens(self) -> int:
+        return self.manifest["tokens"]
+
+    def config(self) -> TrainingConfig:
+        """The configuration that the checkpoint was trained with."""
+        return load_config(self.path / "config.yaml")
+
+
+# ---------------------------------------------------------------- choosing
+
+
+def list_checkpoints(ckpt_dir: str | Path) -> list[Path]:
+    """The published checkpoints in a folder, oldest first; whether they are whole is not looked at."""
+    folder = Path(ckpt_dir)
+    found = [p for p in folder.glob("update_*") if p.is_dir() and _NAME.fullmatch(p.name)] if folder.is_dir() else []
+    return sorted(found, key=lambda p: int(p.name.removeprefix("update_")))
+
+
+def open_checkpoint(path: str | Path, checksums: bool = False) -> Checkpoint:
+    """The checkpoint in a folder; given a folder of checkpoints, its newest whole one.
+
+    checksums: also read every file and compare its sha256. Raises UserError with what is damaged.
+    """
+    path = Path(path)
+    if not (path / MANIFEST).exists() and list_checkpoints(path):
+        newest = newest_whole(path)
+        if newest is not None:
+            return newest
+    manifest, reason = _read(path, checksums)
+    if reason:
+        others = [str(p) for p in list_checkpoints(path.parent) if p != path and not _read(p, False)[1]]
+        remedy = f"whole ones beside it: {', '.join(others[-3:])}" if others else "give the path of a checkpoint"
+        raise UserError(Problem(str(path), f"is not a whole checkpoint: {reason}", remedy), "cannot load the checkpoint")
+    return Checkpoint(path, manifest)
+
+
+def newest_whole(ckpt_dir: str | Path, warn: Any = None) -> Checkpoint | None:
+    """The newest whole checkpoint, or None; `warn` is called with a sentence for each damaged one passed over."""
+    for path in reversed(list_checkpoints(ckpt_dir)):
+        manifest, reason = _read(path, False)
+        if not reason:
+            return Checkpoint(path, manifest)
+        if warn is not None:
+            warn(f"passing over the damaged checkpoint {path}: {reason}")
+    return None
+
+
+def choose(config: TrainingConfig, warn: Any = None) -> Checkpoint | None:
+    """What `load_ckpt` asks for: a checkpoint, or None to start anew.
+
+    Raises UserError where a resume was asked for and is impossible, or where starting anew would write over
+    an earlier run.
+    """
+    existing = list_checkpoints(config.ckpt_dir)
+    if config.load_ckpt is False:
+        if existing:
+            raise UserError(Problem(
+                "ckpt_dir", f"holds {len(existing)} checkpoints of an earlier run, the newest {existing[-1].name}",
+                "use --load_ckpt true to go on with it, or another --ckpt_dir", config.ckpt_dir))
+        return None
+    if isinstance(config.load_ckpt, str) and config.load_ckpt != "auto":
+        return open_checkpoint(config.load_ckpt)
+    chosen = newest_whole(config.ckpt_dir, warn)
+    if chosen is None and (existing or config.load_ckpt is True):
+        rule = f"none of the {len(existing)} checkpoints in it is whole" if existing else "holds no checkpoint to resume"
+        raise UserError(Problem("ckpt_dir", rule, "use --load_ckpt false and an empty --ckpt_dir to start anew",
+                                config.ckpt_dir))
+    return chosen
+
+
+def misfits(checkpoint: Checkpoint, config: TrainingConfig, topology: dict[str, Any], vocab_size: int) -> list[Problem]:
+    """Why this run cannot go on from a checkpoint; empty where it can."""
+    theirs, ours = checkpoint.config().to_dict(), config.to_dict()
+    problems = [
+        Problem(name, f"differs from the checkpoint's {theirs[name]!r}", f"use {name} {theirs[name]}", ours[name])
+        for name in _SHAPE + _PACE
+        if theirs[name] != ours[name]
+    ]
+    if checkpoint.manifest["vocab_size"] != vocab_size:
+        problems.append(Problem("tokenizer_path", f"gives a vocabulary of {vocab_size}, the checkpoint has "
+                                f"{checkpoint.manifest['vocab_size']}", "use the tokenizer that lies in the checkpoint"))
+    saved = checkpoint.manifest["topology"]
+    for name, value in topology.items():
+        # DeepSpeed's stage 0 files hold everything in one piece: they load on any number of ranks.
+        if saved[name] != value and not (name == "ranks" and saved["zero_stage"] == topology["zero_stage"] == 0):
+            problems.append(Problem(name, f"differs from the checkpoint's {saved[name]!r}, and DeepSpeed's ZeRO files "
+                                    "load only as they were saved", f"resume with {name} = {saved[name]}", value))
+    return problems
+
+
+# ---------------------------------------------------------------- saving and loading
+
+
+def save(
+    folder: Path, world: World, engine: Any, update: int, manifest: dict[str, Any], attachments: dict[str, str]
+) -> Checkpoint:
+    """Write and publish `folder`/update_N. Collective.
+
+    manifest: what the caller knows (tokens, loss, data position, topology ...). attachments: name -> text of
+    small files that lie beside the engine's. Raises OSError on every rank if any rank failed to write.
+    """
+    final = folder / f"update_{update:07d}"
+    aside = folder / f".writing-{final.name}"
+    if world.is_main:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    dist.barrier()
+    failure = ""
+    try:
+        deepspeed_engine.save(engine, aside)
+        torch.save(random_state(world), aside / f"random_rank_{world.rank}.pt")
+        if world.is_main:
+            for name, text in attachments.items():
+                (aside / name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        failure = f"rank {world.rank}: {error}"
+    _raise_together(failure)
+    names = sorted(str(p.relative_to(aside)) for p in aside.rglob("*") if p.is_file())
+    mine = {name: _describe(aside / name) for name in names[world.rank :: world.size]}
+    parts: list[dict[str, Any]] = [{}] * world.size
+    dist.all_gather_object(parts, mine)
+    files = {name: entry for part in parts for name, entry in part.items()}
+    content = {"format": FORMAT, "update": update, **manifest, "files": dict(sorted(files.items()))}
+    if world.is_main:
+        _write_durably(aside / MANIFEST, json.dumps(content, indent=1))
+        if final.exists():  # a damaged one of the same update: a whole one is never saved twice
+            shutil.rmtree(final)
+        aside.rename(final)
+        _flush_folder(folder)
+    dist.barrier()
+    return Checkpoint(final, content)
+
+
+def load(checkpoint: Checkpoint, world: World, engine: Any) -> None:
+    """Restore the engine's and this rank's random state. Collective. Raises RuntimeError where it cannot."""
+    deepspeed_engine.load(engine, checkpoint.path)
+    file = checkpoint.path / f"random_rank_{world.rank}.pt"
+    if file.exists() and checkpoint.manifest["topology"]["ranks"] == world.size:
+        restore_random_state(torch.load(file, weights_only=True), world)
+
+
+def random_state(world: World) -> dict[str, torch.Tensor]:
+    """torch's random state on this rank (dropout draws from it)."""
+    state = {"cpu": torch.get_rng_state()}
+    if world.device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(world.device)
+    return state
+
+
+def restore_random_state(state: dict[str, torch.Tensor], world: World) -> None:
+    """Put back what `random_state` took."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and world.device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], world.device)
+
+
+def seed_everything(seed: int) -> None:
+    """The same start on every rank: weights drawn on any rank are the same weights."""
+    torch.manual_seed(seed)
+
+
+# ---------------------------------------------------------------- weights alone
+
+
+def consolidated_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """The whole model's weights in fp32, from any ZeRO stage and number of ranks, in one process without a GPU.
+
+    The optimizer's fp32 copy where there is one (ZeRO 1 to 3), else the model's own.
+    """
+    if checkpoint.manifest["topology"]["zero_stage"] == 0:
+        file = checkpoint.path / TAG / "mp_rank_00_model_states.pt"
+        # DeepSpeed's file holds Python objects beside the tensors; the manifest's checksum says that it is ours.
+        state = torch.load(file, map_location="cpu", weights_only=False)["module"]
+        return {name: tensor.float() for name, tensor in state.items()}
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    with contextlib.redirect_stdout(io.StringIO()):
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.path), tag=TAG)
+
+
+# ---------------------------------------------------------------- files
+
+
+def _read(path: Path, checksums: bool) -> tuple[dict[str, Any], str]:
+    """(manifest, "") of a whole checkpoint, or ({}, what is wrong with it)."""
+    if not path.is_dir():
+        return {}, "there is no such folder"
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        files = manifest["files"]
+        if manifest["format"] != FORMAT:
+            return {}, f"its format is {manifest['format']!r}, not {FORMAT!r}"
+    except FileNotFoundError:
+        return {}, f"it has no {MANIFEST}"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return {}, f"its {MANIFEST} cannot be read ({type(error).__name__}: {error})"
+    for name, entry in files.items():
+        try:
+            size = (path / name).stat().st_size
+        except OSError:
+            return {}, f"{name} is missing"
+        if size != entry["bytes"]:
+            return {}, f"{name} has {size} bytes instead of {entry['bytes']}"
+        if checksums and _sha256(path / name) != entry["sha256"]:
+            return {}, f"{name} does not have the checksum that it was saved with"
+    return manifest, ""
+
+
+def _describe(file: Path) -> dict[str, Any]:
+    """Size and checksum of a file that has just been written, once the disk really has it."""
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())
+    return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb", buffering=0) as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _write_durably(file: Path, text: str) -> None:
+    with file.open("w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _raise_together(failure: str) -> None:
+    """Raise OSError on every rank if it is not empty on any of them."""
+    failures: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    text = "; ".join(filter(None, failures))
+    if text:
+        raise OSError(text)
+
+
+def timestamp() -> str:
+    """The time of saving, in UTC, for people."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -1,0 +1,174 @@
+"""The one module that knows DeepSpeed's quirks: start-up, the engine, its gradient norm, its checkpoints.
+
+Each work-round says which behaviour of DeepSpeed (0.19) makes it necessary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dsllama.scheduler import DEEPSPEED_NAME, Scheduler
+
+Json = dict[str, Any]
+TAG = "engine"
+_COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all of them."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def world_from_environment() -> tuple[int, int]:
+    """(rank, world size) as a launcher set them; (0, 1) without one. Needs no DeepSpeed."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def start(rank: int, world_size: int) -> World:
+    """Join the process group and settle this process's device and threads."""
+    _quieten()
+    import deepspeed
+
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if "RANK" not in os.environ:  # plain `python launch/train.py`: a world of one, on a free port
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+    on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(local_rank)
+        # TF32 where a matrix product is still fp32: the optimizer's precision is not touched by it.
+        torch.backends.cuda.matmul.allow_tf32 = True
+    else:
+        _share_cores(local_rank)
+        # Shared-memory all-reduce would be compiled at every first start (40 s) and is no faster than gloo.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _set_default_timeout()
+    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    return World(rank=rank, local_rank=local_rank, size=world_size, device=device)
+
+
+def accelerator() -> str:
+    """"cuda" or "cpu": what DeepSpeed will train on here."""
+    return "cuda" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda" else "cpu"
+
+
+def build(model_factory: Callable[[], torch.nn.Module], ds_config: Json) -> tuple[Any, Scheduler]:
+    """The DeepSpeed engine round a model, and the scheduler that it built from the JSON.
+
+    Under ZeRO-3 the parameters are partitioned while the model is built, so that no rank ever holds all of it.
+    """
+    import deepspeed
+    from deepspeed.runtime import lr_schedules
+
+    def scheduler(optimizer: Any, **parameters: Any) -> Scheduler:
+        # With a scheduler named in the JSON, ZeRO hands over its wrapper; the rates live in torch's optimizer.
+        return Scheduler(lr_schedules.get_torch_optimizer(optimizer), **parameters)
+
+    setattr(lr_schedules, DEEPSPEED_NAME, scheduler)
+    partitioned = ds_config["zero_optimization"]["stage"] == 3
+    with deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=partitioned):
+        model = model_factory()
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=ds_config)
+    return engine, engine.lr_scheduler
+
+
+def gradient_norm(engine: Any) -> float | None:
+    """The global gradient norm of the update that `engine.step()` has just made, before clipping."""
+    norm = engine.get_global_grad_norm()
+    return None if norm is None else float(norm)
+
+
+def plain_gradient_norm(engine: Any) -> float:
+    """The norm of the averaged gradients that lie in `.grad`, just before the step (fp32 at stage 0).
+
+    DeepSpeed reports no norm there (`get_global_grad_norm()` is None).
+    """
+    return float(torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]))
+
+
+def save(engine: Any, folder: Path) -> None:
+    """Write the engine's whole state under `folder`. Collective; returns when every rank has written."""
+    # `save_latest` writes its pointer before the other ranks have finished, so it is never used here.
+    engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+    dist.barrier()
+
+
+def load(engine: Any, folder: Path) -> None:
+    """Restore what `save` wrote. Collective. Raises RuntimeError on every rank if any rank failed."""
+    failure = ""
+    try:
+        # Our files: DeepSpeed's own state holds Python objects, which only a full unpickling can read.
+        loaded, _ = engine.load_checkpoint(str(folder), tag=TAG)
+        if loaded is None:
+            failure = "DeepSpeed found nothing to load"
+    except Exception as error:  # anything may come from a damaged file; one rank's failure must be everyone's
+        failure = f"{type(error).__name__}: {error}"
+    failures: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    for rank, text in enumerate(failures):
+        if text:
+            raise RuntimeError(f"rank {rank} could not load {folder}: {text[:300]}")
+
+
+def _quieten() -> None:
+    """Keep DeepSpeed's and torch's chatter out of the console; warnings and errors stay."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.distributed")
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    level = logging.getLevelName(os.environ.get("DSLLAMA_DEEPSPEED_LOG", "ERROR").upper())
+    with contextlib.suppress(ImportError):
+        from deepspeed.utils import logger
+
+        logger.setLevel(level)
+
+
+def _share_cores(local_rank: int) -> None:
+    """Give each rank of this host its own cores; without it every rank computes on all of them at once."""
+    ranks = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if ranks > 1 and len(cores) >= ranks:
+        share = len(cores) // ranks
+        mine = cores[local_rank * share : (local_rank + 1) * share]
+        os.sched_setaffinity(0, mine)
+        torch.set_num_threads(share)
+    elif ranks > 1:
+        torch.set_num_threads(1)
+
+
+def _set_default_timeout() -> None:
+    """ZeRO's own groups are created without a timeout and take torch's default, so that is what is set."""
+    from torch.distributed import constants, distributed_c10d
+
+    for module in (constants, distributed_c10d):
+        for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+            if hasattr(module, name):
+                setattr(module, name, _COLLECTIVE_TIMEOUT)
+
+
+def _free_port() -> str:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])

@@ -1,0 +1,171 @@
+"""What a run says: the same row to the console, the CSV file and TensorBoard, and a plot of the whole.
+
+Only the main rank reports. Rows of an earlier attempt that lie after the update that a run resumes from are
+moved to `<log_file>.superseded`, so that the log has one row per update and nothing is lost.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from dsllama.sizes import readable, readable_duration
+
+
+@dataclass(frozen=True)
+class Row:
+    """One logged update. Tokens are over all ranks; time in seconds since this process began to train."""
+
+    step: int
+    progress: float
+    loss: float
+    perplexity: float
+    learning_rate: float
+    grad_norm: float | None
+    tokens_run: int
+    tokens_total: int
+    tokens_per_second: float
+    time: float
+    mfu: float | None = None
+    memory_gib: float | None = None
+    validation_loss: float | None = None
+    skipped_updates: int = 0
+
+    def line(self, updates: int, eta_seconds: float) -> str:
+        """The row as the console shows it."""
+        parts = [
+            f"{self.step:>{len(str(updates))}}/{updates}",
+            f"{self.progress:6.1%}",
+            f"loss {self.loss:.4f}",
+            f"ppl {self.perplexity:,.5g}",
+            f"lr {self.learning_rate:.3e}",
+            f"norm {'-' if self.grad_norm is None else format(self.grad_norm, '.3f')}",
+            f"tokens {readable(self.tokens_total)}",
+            f"{readable(self.tokens_per_second)} tok/s",
+        ]
+        parts += [f"mfu {self.mfu:.1%}"] if self.mfu is not None else []
+        parts += [f"{self.memory_gib:.1f} GiB"] if self.memory_gib is not None else []
+        parts += [f"val {self.validation_loss:.4f}"] if self.validation_loss is not None else []
+        parts += [f"skipped {self.skipped_updates}"] if self.skipped_updates else []
+        return " | ".join([*parts, f"eta {readable_duration(eta_seconds)}"])
+
+
+COLUMNS = [field.name for field in fields(Row)]
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+class Report:
+    """Where the rows go. `resumed_from`: the update of the checkpoint that the run went on from, 0 for none."""
+
+    def __init__(self, log_file: Path, tensorboard_dir: Path, resumed_from: int, resumed_tokens: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.log_file = log_file
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        kept = _split_log(log_file, resumed_from)
+        self._file = log_file.open("a" if kept else "w", newline="", encoding="utf-8", buffering=1)
+        self._csv = csv.DictWriter(self._file, COLUMNS)
+        if not kept:
+            self._csv.writeheader()
+        # purge_step hides what an earlier attempt wrote beyond the point that we go on from.
+        self._events = SummaryWriter(str(tensorboard_dir), purge_step=resumed_tokens + 1 if resumed_from else None)
+
+    def row(self, row: Row, updates: int, eta_seconds: float) -> None:
+        """Write one row everywhere."""
+        print(row.line(updates, eta_seconds), flush=True)
+        self._csv.writerow({name: _cell(value) for name, value in asdict(row).items()})
+        scalars = {"loss": row.loss, "perplexity": row.perplexity, "learning_rate": row.learning_rate,
+                   "grad_norm": row.grad_norm, "tokens_per_second": row.tokens_per_second, "mfu": row.mfu,
+                   "memory_gib": row.memory_gib, "validation_loss": row.validation_loss}
+        for name, value in scalars.items():
+            if value is not None:
+                self._events.add_scalar(f"train/{name}", value, row.tokens_total)
+
+    def sample(self, update: int, tokens: int, texts: list[str]) -> None:
+        """Show generated text, and keep it beside the log and in TensorBoard."""
+        for text in texts:
+            print(f"--- sample after update {update} ---\n{text}\n---", flush=True)
+            self._events.add_text("sample", text.replace("\n", "  \n"), tokens)
+        with samples_file(self.log_file).open("a", encoding="utf-8") as file:
+            file.writelines(f"=== update {update}, {tokens} tokens ===\n{text}\n\n" for text in texts)
+
+    def plot(self) -> Path:
+        """Draw loss and learning rate of all rows so far; returns the PNG's path."""
+        self._events.flush()
+        return plot_log(self.log_file)
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        self._file.close()
+        self._events.close()
+
+
+def samples_file(log_file: Path) -> Path:
+    """Where the generated samples of a run are kept."""
+    return log_file.with_suffix(".samples.txt")
+
+
+def read_log(log_file: Path) -> list[dict[str, str]]:
+    """The rows of a log, as text by column; [] without a log."""
+    if not log_file.exists():
+        return []
+    with log_file.open(newline="", encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if row.get("step") and row.get("time")]
+
+
+def plot_log(log_file: Path) -> Path:
+    """The loss and the learning rate of a log, against tokens, as a PNG beside it."""
+    from matplotlib.figure import Figure
+
+    rows = read_log(log_file)
+    tokens = [int(row["tokens_total"]) for row in rows]
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    loss_axes, rate_axes = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
+    loss_axes.plot(tokens, [float(row["loss"]) for row in rows], label="training")
+    validated = [(t, float(row["validation_loss"])) for t, row in zip(tokens, rows, strict=True) if row["validation_loss"]]
+    if validated:
+        loss_axes.plot(*zip(*validated, strict=True), "o-", markersize=3, label="validation")
+        loss_axes.legend()
+    loss_axes.set_ylabel("loss (nats per token)")
+    loss_axes.grid(alpha=0.3)
+    rate_axes.plot(tokens, [float(row["learning_rate"]) for row in rows], color="tab:green")
+    rate_axes.set_ylabel("learning rate")
+    rate_axes.set_xlabel("tokens")
+    rate_axes.grid(alpha=0.3)
+    path = log_file.with_suffix(".png")
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def _split_log(log_file: Path, resumed_from: int) -> bool:
+    """Keep the rows up to `resumed_from` and move the others aside; whether a usable log was there."""
+    rows = read_log(log_file)
+    superseded = [row for row in rows if int(row["step"]) > resumed_from]
+    if superseded:
+        _append(log_file.with_name(log_file.name + ".superseded"), superseded)
+        temporary = log_file.with_name(log_file.name + ".tmp")
+        temporary.unlink(missing_ok=True)
+        _append(temporary, [row for row in rows if int(row["step"]) <= resumed_from])
+        temporary.replace(log_file)
+    return bool(rows)
+
+
+def _append(path: Path, rows: list[dict[str, str]]) -> None:
+    fresh = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+        if fresh:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def _cell(value: Any) -> Any:
+    # repr keeps a float to the bit, so that logs of two runs can be compared exactly.
+    return "" if value is None else repr(value) if isinstance(value, float) else value

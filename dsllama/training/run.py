@@ -1,0 +1,184 @@
+"""What `deepspeed launch/train.py` runs on every rank: check everything, then train.
+
+    command line -> TrainingConfig -> data, tokenizer, checkpoint, DeepSpeed JSON -> Job -> Trainer -> summary
+
+Nothing distributed happens before all of it has been checked, so a mistake costs seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from dsllama import arguments
+from dsllama.config import TrainingConfig
+from dsllama.errors import EXIT_USER_ERROR, Problem, UserError
+from dsllama.sizes import readable, readable_duration
+from dsllama.training.stopping import EXIT_STOPPED
+
+EXIT_FAILED = 1
+# The launcher kills the other ranks as soon as one has left; the main rank needs this long to say why.
+_LET_MAIN_SPEAK_SECONDS = 3.0
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train as the command line says; returns the exit code (0, 1 failed, 2 a mistake, 75 stopped and saved)."""
+    from dsllama.training import engine
+
+    rank, world_size = engine.world_from_environment()
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(message)s", stream=sys.stdout)
+    try:
+        config = _parse(argv)
+        job = prepare(config, rank, world_size)
+    except UserError as error:
+        return _complain(str(error), rank, EXIT_USER_ERROR)
+    # Only now: torch's distributed and DeepSpeed's engine take seconds to import.
+    from dsllama.training.stopping import StopRequest
+    from dsllama.training.trainer import Trainer, TrainingFailed, run_files
+
+    world = engine.start(rank, world_size)
+    if world.is_main:
+        _announce(job)
+        for name, text in run_files(job).items():
+            (Path(config.ckpt_dir) / name).write_text(text, encoding="utf-8")
+    try:
+        outcome = Trainer(job, world, StopRequest()).run()
+    except TrainingFailed as error:
+        return _complain(f"training stopped: {error}", rank, EXIT_FAILED)
+    if world.is_main:
+        _summarize(job, outcome)
+    return EXIT_STOPPED if outcome.stopped_by else 0
+
+
+def leave(code: int) -> None:
+    """End the process with everything flushed and nothing torn down.
+
+    DeepSpeed's threads now and then abort an interpreter that shuts down in order (SIGABRT after clean work).
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def prepare(config: TrainingConfig, rank: int, world_size: int):  # -> Job; the class lives behind a slow import
+    """Check everything that a run needs and open it. Raises one UserError with all that is wrong."""
+    from dsllama import deepspeed_config as ds
+    from dsllama import rules
+    from dsllama.data.loader import DatasetLoader
+    from dsllama.data.tokenizer import Tokenizer
+    from dsllama.derived import DEFAULT_VOCABULARY, derive
+    from dsllama.training import checkpoint as checkpoints
+    from dsllama.training import engine
+    from dsllama.training.trainer import Job, topology
+
+    problems: list[Problem] = rules.check_world_size(config, world_size)
+    tokenizer = loader = validation = derived = ds_json = resume_from = None
+    with _collecting(problems):
+        tokenizer = Tokenizer.load(config.tokenizer_path)
+    with _collecting(problems):
+        vocab_size = vocabulary(config, tokenizer.vocab_size if tokenizer else DEFAULT_VOCABULARY)
+    if problems and tokenizer is None:
+        vocab_size = config.vocab_size or DEFAULT_VOCABULARY
+    order = {
+        "batch": config.batch_size, "seq_len": config.max_seq_len, "process_rank": rank, "num_processes": world_size,
+        "dataset_dir": config.dataset_dir, "device": _device(), "seed": config.seed,
+        "validation_tokens": config.validation_tokens, "vocab_size": tokenizer.vocab_size if tokenizer else None,
+    }
+    with _collecting(problems):
+        loader = DatasetLoader(**order, shuffle=config.shuffle, tokens_per_update=config.tokens_per_update)
+        if config.validation_tokens:
+            validation = DatasetLoader(**order, split="validation")
+    with _collecting(problems):
+        Path(config.ckpt_dir).mkdir(parents=True, exist_ok=True)
+        Path(config.log_file).parent.mkdir(parents=True, exist_ok=True)
+    with _collecting(problems):
+        resume_from = checkpoints.choose(config, warn=logging.getLogger("dsllama").warning)
+    if not rules.check_world_size(config, world_size):
+        derived = derive(config, world_size, vocab_size)
+        with _collecting(problems):
+            ds_json = ds.deepspeed_config(config, derived, engine.accelerator())
+    if resume_from is not None and ds_json is not None:
+        problems += checkpoints.misfits(resume_from, config, topology(config, ds_json, world_size), vocab_size)
+    if problems:
+        raise UserError(problems)
+    assert derived is not None and ds_json is not None and tokenizer is not None and loader is not None
+    return Job(config, derived, ds_json, tokenizer, loader, validation, resume_from)
+
+
+def vocabulary(config: TrainingConfig, tokenizer_size: int) -> int:
+    """Rows of the embedding: the tokenizer's, or the configuration's larger number."""
+    if config.vocab_size is not None and config.vocab_size < tokenizer_size:
+        raise UserError(Problem("vocab_size", f"is smaller than the tokenizer's {tokenizer_size}",
+                                f"leave it out, or pad to {-(-tokenizer_size // 64) * 64}", config.vocab_size))
+    return config.vocab_size or tokenizer_size
+
+
+@contextlib.contextmanager
+def _collecting(problems: list[Problem]) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        problems += error.problems
+    except OSError as error:
+        problems.append(Problem(str(error.filename), f"cannot be used ({error.strerror})", "give a writable place"))
+
+
+def _parse(argv: Sequence[str]) -> TrainingConfig:
+    parser = arguments.Parser(
+        prog="deepspeed launch/train.py", description="Pretrain a Llama-style model.",
+        epilog="Sizes may be written 524288, 2**19, 512K (x 1024) or 45e9.")
+    arguments.add_config_options(parser)
+    # DeepSpeed's launcher passes it; the environment says the same.
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
+    return arguments.config_from(parser.parse_args(argv))
+
+
+def _device() -> str:
+    from dsllama.training import engine
+
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if engine.accelerator() == "cuda" else "cpu"
+
+
+def _complain(text: str, rank: int, code: int) -> int:
+    if rank == 0:
+        print(text, file=sys.stderr, flush=True)
+    else:
+        time.sleep(_LET_MAIN_SPEAK_SECONDS)
+    return code
+
+
+def _announce(job) -> None:
+    from dsllama.versions import versions
+
+    zero = job.topology
+    offload = [f"{what} on {zero[key]}" for what, key in
+               (("optimizer", "offload_optimizer"), ("parameters", "offload_params")) if zero[key] != "none"]
+    print("\n".join([
+        *job.derived.lines(job.config),
+        f"engine       DeepSpeed ZeRO-{zero['zero_stage']}, {zero['precision']}, gradients accumulate in "
+        f"{job.ds_config['data_types']['grad_accum_dtype']}" + (", " + ", ".join(offload) if offload else ""),
+        "versions     " + ", ".join(f"{name} {number}" for name, number in versions().items()),
+        f"data         {job.config.dataset_dir}: {readable(job.loader.stream.tokens)} tokens",
+    ]), flush=True)
+    if job.resume_from is not None:
+        print(f"resuming     {job.resume_from.path}: update {job.resume_from.update}, {readable(job.resume_from.tokens)} "
+              "tokens", flush=True)
+
+
+def _summarize(job, outcome) -> None:
+    config = job.config
+    head = f"stopped by {outcome.stopped_by} after" if outcome.stopped_by else "finished:"
+    print(f"{head} update {outcome.update} of {job.derived.updates}, {readable(outcome.tokens)} tokens, "
+          f"loss {outcome.last_loss:.4f}, {readable(outcome.tokens_per_second)} tok/s, "
+          f"{readable_duration(outcome.seconds)}")
+    if outcome.checkpoint is not None:
+        print(f"checkpoint   {outcome.checkpoint.path}\nlog          {config.log_file}")
+    if outcome.stopped_by:
+        print("go on with   the same command and --load_ckpt true")
+    sys.stdout.flush()

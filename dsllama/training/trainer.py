@@ -1,0 +1,342 @@
+"""The training loop: batch, forward, backward, step, report.
+
+    schedule the rate -> accumulate over micro-steps -> one all-reduce of the loss -> report
+                      -> evaluate, sample, save where it is time -> stop where it is asked
+
+Everything that decides when something happens is a function of the update, so a resumed run does the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+
+from dsllama.accelerators import peak_tflops
+from dsllama.config import TrainingConfig
+from dsllama.data.loader import IGNORE_INDEX, DatasetLoader
+from dsllama.data.tokenizer import Tokenizer
+from dsllama.derived import Derived
+from dsllama.model import LLaMaTransformer
+from dsllama.training import checkpoint as checkpoints
+from dsllama.training import engine as deepspeed_engine
+from dsllama.training.checkpoint import Checkpoint
+from dsllama.training.engine import World
+from dsllama.training.memory import peak_memory_gib
+from dsllama.training.reporting import Report, Row, perplexity
+from dsllama.training.stopping import StopRequest
+from dsllama.versions import versions
+
+
+class TrainingFailed(Exception):
+    """The run cannot go on through no mistake in its configuration (a loss that is not finite, a full disk)."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that was checked before the process group was joined."""
+
+    config: TrainingConfig
+    derived: Derived
+    ds_config: dict[str, Any]
+    tokenizer: Tokenizer
+    loader: DatasetLoader
+    validation: DatasetLoader | None
+    resume_from: Checkpoint | None
+
+    @property
+    def topology(self) -> dict[str, Any]:
+        return topology(self.config, self.ds_config, self.derived.world_size)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended. first_loss is of this process's first update; checkpoint the last one that is published."""
+
+    update: int
+    tokens: int
+    first_loss: float
+    last_loss: float
+    tokens_per_second: float
+    seconds: float
+    checkpoint: Checkpoint | None
+    stopped_by: str = ""
+
+
+def topology(config: TrainingConfig, ds_config: dict[str, Any], ranks: int) -> dict[str, Any]:
+    """What decides the form of DeepSpeed's files."""
+    zero = ds_config["zero_optimization"]
+    return {
+        "ranks": ranks,
+        "zero_stage": zero["stage"],
+        "precision": config.precision,
+        "offload_optimizer": zero.get("offload_optimizer", {}).get("device", "none"),
+        "offload_params": zero.get("offload_param", {}).get("device", "none"),
+    }
+
+
+class Trainer:
+    """One rank's part of a run."""
+
+    def __init__(self, job: Job, world: World, stop: StopRequest) -> None:
+        self.job, self.world, self.stop = job, world, stop
+        self.config, self.derived, self.loader = job.config, job.derived, job.loader
+        checkpoints.seed_everything(self.config.seed)
+        self.engine, self.scheduler = deepspeed_engine.build(
+            lambda: LLaMaTransformer(self.config, job.tokenizer, device=world.device), job.ds_config
+        )
+        if self.config.enable_compilation:
+            self.engine.compile()
+        # The draws of dropout differ between ranks, the weights did not.
+        checkpoints.seed_everything(self.config.seed + 1 + world.rank)
+        self.update = 0
+        self.last_checkpoint = job.resume_from
+        if job.resume_from is not None:
+            self._resume(job.resume_from)
+        self.first_update = self.update + 1
+        # The textbook's engine reports no norm for fp32 at stage 0; there it is taken from the gradients themselves.
+        self.norm_from_gradients = self.config.precision == "fp32" and job.topology["zero_stage"] == 0
+        peak = self.config.peak_tflops or peak_tflops(world.device)
+        self.peak_flops = peak * 1e12 * world.size if peak else None
+        self.report: Report | None = None
+
+    # ------------------------------------------------------------ the loop
+
+    def run(self) -> Outcome:
+        """Train until training_tokens are reached or somebody asks to stop."""
+        config, updates = self.config, self.derived.updates
+        with self._reporting():
+            self.stop.listen()
+            self.started = self.lap = time.perf_counter()
+            self.idle = 0.0
+            self.lap_update = self.update
+            first_loss = loss = math.nan
+            stopped_by = ""
+            while self.update < updates and not stopped_by:
+                self.update += 1
+                self.scheduler.step(self.update)
+                self.learning_rate = self.scheduler.get_current_lr()
+                loss, norm, somebody_stops = self._train_one_update()
+                first_loss = loss if self.update == self.first_update else first_loss
+                self._insist_on_finite(loss, norm)
+                validation = self._evaluate() if self._every(config.eval_interval) and self.job.validation else None
+                if self._every(config.log_interval) or self.update in (self.first_update, updates) or validation:
+                    self._log(loss, norm, validation)
+                if config.sample_prompts and is_sample_update(self.update, config):
+                    self._sample()
+                stopped_by = self.stop.signal_name or "another rank" if somebody_stops else ""
+                if stopped_by or self.update == updates or self._crosses(config.token_ckpt):
+                    self._save(loss)
+            seconds = time.perf_counter() - self.started
+        trained = (self.update - self.first_update + 1) * config.tokens_per_update
+        return Outcome(self.update, self.tokens, first_loss, loss, trained / max(seconds - self.idle, 1e-9), seconds,
+                       self.last_checkpoint, stopped_by if self.update < updates else "")
+
+    def _train_one_update(self) -> tuple[float, float | None, bool]:
+        """One optimizer update: (mean loss over all ranks and micro-steps, gradient norm, does anyone want to stop)."""
+        steps = self.derived.gradient_accumulation_steps
+        norm = None
+        # Sum of the losses, tokens that counted, wishes to stop: one all-reduce for all three.
+        sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)
+        for micro_step in range(1, steps + 1):
+            x, y = self.loader.get_batch()
+            loss = self.engine(x, y)
+            self.engine.backward(loss)
+            sums[0] += loss.detach()
+            sums[1] += (y != IGNORE_INDEX).sum()
+            if self.norm_from_gradients and micro_step == steps:
+                norm = deepspeed_engine.plain_gradient_norm(self.engine)
+            self.engine.step()
+        sums[0] *= self.config.batch_size * self.config.max_seq_len  # the model divides by all positions
+        sums[2] += bool(self.stop)
+        dist.all_reduce(sums)
+        total, counted, wishes = sums.tolist()
+        return total / counted, norm if self.norm_from_gradients else deepspeed_engine.gradient_norm(self.engine), wishes > 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on so far, over all ranks and runs."""
+        return self.update * self.config.tokens_per_update
+
+    # ------------------------------------------------------------ when
+
+    def _every(self, interval: int) -> bool:
+        return self.update % interval == 0
+
+    def _crosses(self, tokens: int) -> bool:
+        """Whether this update is the first at or beyond a multiple of `tokens`."""
+        return self.tokens // tokens > (self.tokens - self.config.tokens_per_update) // tokens
+
+    # ------------------------------------------------------------ what
+
+    def _log(self, loss: float, norm: float | None, validation: float | None) -> None:
+        now = time.perf_counter()
+        rate = (self.update - self.lap_update) * self.config.tokens_per_update / (now - self.lap)
+        self.lap, self.lap_update = now, self.update
+        memory = peak_memory_gib(self.world.device)
+        if self.report is None:
+            return
+        elapsed = now - self.started
+        done = self.update - self.first_update + 1
+        flops = rate * self.derived.flops_per_token
+        row = Row(
+            step=self.update,
+            progress=self.update / self.derived.updates,
+            loss=loss,
+            perplexity=perplexity(loss),
+            learning_rate=self.learning_rate,
+            grad_norm=norm,
+            tokens_run=done * self.config.tokens_per_update,
+            tokens_total=self.tokens,
+            tokens_per_second=rate,
+            time=elapsed,
+            mfu=flops / self.peak_flops if self.peak_flops else None,
+            memory_gib=memory,
+            validation_loss=validation,
+            skipped_updates=self.engine.skipped_steps,
+        )
+        self.report.row(row, self.derived.updates, elapsed / done * (self.derived.updates - self.update))
+
+    @torch.no_grad()
+    def _evaluate(self) -> float:
+        """Mean loss over the whole held-out part, over all ranks."""
+        assert self.job.validation is not None
+        sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
+        with self._outside_the_clock():
+            self.engine.eval()
+            for x, y in self.job.validation.validation_batches():
+                sums[0] += self.engine(x, y) * y.numel()
+                sums[1] += (y != IGNORE_INDEX).sum()
+            self.engine.train()
+            dist.all_reduce(sums)
+        return float(sums[0] / sums[1])
+
+    def _sample(self) -> None:
+        """Generate from each prompt. On every rank, since under ZeRO-3 each holds a part of the weights."""
+        with self._outside_the_clock():
+            texts = [
+                self.engine.module.generate(
+                    prompt, max_new_tokens=self.config.sample_tokens, temperature=self.config.sample_temperature,
+                    top_p=self.config.sample_top_p, seed=self.config.seed + self.update)
+                for prompt in self.config.sample_prompts
+            ]
+        if self.report is not None:
+            self.report.sample(self.update, self.tokens, texts)
+
+    def _save(self, loss: float) -> None:
+        config = self.config
+        manifest = {
+            "tokens": self.tokens,
+            "loss": loss,
+            "saved_at": checkpoints.timestamp(),
+            "data": self.loader.state_dict(),
+            "topology": self.job.topology,
+            "vocab_size": self.derived.vocab_size,
+            "schedule": self.scheduler.state_dict(),
+            "versions": versions(),
+        }
+        attachments = {**run_files(self.job), "tokenizer.json": Path(config.tokenizer_path).read_text(encoding="utf-8")}
+        with self._outside_the_clock() as clock:
+            try:
+                self.last_checkpoint = checkpoints.save(
+                    Path(config.ckpt_dir), self.world, self.engine, self.update, manifest, attachments)
+            except OSError as error:
+                raise TrainingFailed(
+                    f"the checkpoint of update {self.update} could not be written: {error}. " + self._last_good()
+                ) from None
+        if self.report is not None:
+            size = sum(entry["bytes"] for entry in self.last_checkpoint.manifest["files"].values())
+            print(f"saved {self.last_checkpoint.path} ({size / 2**20:.0f} MiB in {clock.seconds:.1f} s)", flush=True)
+            self.report.plot()
+
+    def _resume(self, source: Checkpoint) -> None:
+        fresh = self.scheduler.state_dict()
+        try:
+            checkpoints.load(source, self.world, self.engine)
+        except RuntimeError as error:
+            raise TrainingFailed(f"the checkpoint could not be loaded: {error}") from None
+        self.update = source.update
+        self.loader.load_state_dict(source.manifest["data"])
+        theirs = {**source.manifest["schedule"], "current_step": 1}
+        if not self.config.use_prev_scheduler:
+            self.scheduler.load_state_dict(fresh)
+        elif theirs != fresh and self.world.is_main:
+            changed = {name: f"{theirs[name]} (not {fresh[name]})" for name in fresh if theirs[name] != fresh[name]}
+            print(f"the checkpoint's schedule goes on: {changed}; --use_prev_scheduler false takes the new one", flush=True)
+
+    def _insist_on_finite(self, loss: float, norm: float | None) -> None:
+        """Stop before anything that is not finite can reach a checkpoint."""
+        skipped = norm is not None and not math.isfinite(norm) and self.engine.skipped_steps > 0
+        if math.isfinite(loss) and (norm is None or math.isfinite(norm) or skipped):
+            return
+        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm}"
+        last = self.update * self.derived.sequences_per_update
+        raise TrainingFailed(
+            f"{what} at update {self.update} (samples {last - self.derived.sequences_per_update} to {last - 1}, learning "
+            f"rate {self.learning_rate:.3e}). Nothing of it was saved. {self._last_good()} "
+            "A lower --max_lr, a longer --warmup_iterations or --gradient_clipping 1.0 usually helps."
+        )
+
+    def _last_good(self) -> str:
+        if self.last_checkpoint is None:
+            return "There is no earlier checkpoint."
+        return f"The last good checkpoint is {self.last_checkpoint.path}; --load_ckpt true goes on from it."
+
+    # ------------------------------------------------------------ round the loop
+
+    @contextlib.contextmanager
+    def _reporting(self) -> Iterator[None]:
+        if self.world.is_main:
+            log_file = Path(self.config.log_file)
+            resumed = self.job.resume_from
+            self.report = Report(log_file, tensorboard_dir(self.config), self.update, resumed.tokens if resumed else 0)
+        try:
+            yield
+        finally:
+            if self.report is not None:
+                self.report.close()
+
+    @contextlib.contextmanager
+    def _outside_the_clock(self) -> Iterator[_Clock]:
+        """Keep what is not training out of the tokens per second."""
+        clock = _Clock()
+        begun = time.perf_counter()
+        yield clock
+        clock.seconds = time.perf_counter() - begun
+        self.lap += clock.seconds
+        self.idle += clock.seconds
+
+
+@dataclass
+class _Clock:
+    seconds: float = 0.0
+
+
+def is_sample_update(update: int, config: TrainingConfig) -> bool:
+    """Whether samples are due: at eval_interval, then each time the update has grown by model_gen_multiplier."""
+    due = config.eval_interval
+    while due < update:
+        due = max(due + 1, math.ceil(due * config.model_gen_multiplier))
+    return due == update
+
+
+def tensorboard_dir(config: TrainingConfig) -> Path:
+    """Where TensorBoard events go."""
+    return Path(config.tensorboard_dir) if config.tensorboard_dir else Path(config.log_file).parent / "tensorboard"
+
+
+def run_files(job: Job) -> dict[str, str]:
+    """The resolved configuration, as it is saved with the run and with each checkpoint."""
+    return {
+        "config.yaml": yaml.safe_dump(job.config.to_dict(), sort_keys=False),
+        "deepspeed.json": json.dumps(job.ds_config, indent=1),
+    }

@@ -1,0 +1,44 @@
+"""Install dsllama. PyTorch comes first, in the build that fits the machine: see the Makefile and the README."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="dsllama",
+    version="0.1.0",
+    description="Pretrain Llama-style models with DeepSpeed: raw text in, a model the ecosystem loads out",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["dsllama", "dsllama.*"]),
+    install_requires=[
+        "torch>=2.6",
+        "deepspeed>=0.19.8,<0.20",
+        "numpy>=1.26",
+        "tokenizers>=0.20",
+        "pydantic>=2.7",
+        "tensorboard>=2.14",
+        "setuptools",  # torch's TensorBoard writer and DeepSpeed's op builder import parts of it
+        "pyyaml>=6",
+        "safetensors>=0.4",
+        "matplotlib>=3.8",
+        "tqdm>=4.60",
+        "tiktoken>=0.7",
+    ],
+    extras_require={
+        "formats": ["pyarrow>=14", "zstandard>=0.22"],
+        "test": [
+            "pytest>=8",
+            "hypothesis>=6",
+            "transformers>=4.45",
+            "accelerate>=1.1",
+            "pyarrow>=14",
+            "zstandard>=0.22",
+            "ruff>=0.6",
+            "mypy>=1.10",
+            "types-PyYAML",
+            "types-tqdm",
+        ],
+    },
+    entry_points={"console_scripts": ["dsllama = dsllama.cli:main"]},
+)
