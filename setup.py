@@ -11,6 +11,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["dsllama", "dsllama.*"]),
+    package_data={"dsllama": ["quickstart.yaml"]},
     install_requires=[
         "torch>=2.6",
         "deepspeed>=0.19.8,<0.20",
@@ -23,6 +24,7 @@ setup(
         "safetensors>=0.4",
         "matplotlib>=3.8",
         "tqdm>=4.60",
+        "psutil>=5",
         "tiktoken>=0.7",
     ],
     extras_require={

@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
         parsed, rest = self.parse_known_args(args, namespace)
-        known = [option.lstrip("-") for action in self._actions for option in action.option_strings]
+        known = self._option_names()
         # A value that has no option before it belongs to the unknown option that it follows.
         unknown = [word for word in rest if word.startswith("--")] or rest
         if unknown:
@@ -36,6 +36,12 @@ class Parser(argparse.ArgumentParser):
                 for word, name in zip(unknown, names, strict=True)
             ])
         return parsed
+
+    def _option_names(self) -> list[str]:
+        """Names of all options, of the verbs' too."""
+        names = [option.lstrip("-") for action in self._actions for option in action.option_strings]
+        verbs = [action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+        return names + [name for choices in verbs for verb in choices.values() for name in verb._option_names()]
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:

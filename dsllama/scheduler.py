@@ -11,6 +11,7 @@ import math
 from typing import Any, Literal
 
 Schedule = Literal["cosine", "linear", "constant"]
+SCHEDULES: tuple[Schedule, ...] = ("cosine", "linear", "constant")
 
 # The name by which a DeepSpeed JSON asks for our scheduler: {"scheduler": {"type": ...}}.
 DEEPSPEED_NAME = "DsllamaScheduler"
@@ -54,7 +55,7 @@ class Scheduler:
 
         Raises ValueError where the schedule is unknown or the numbers do not make one.
         """
-        if schedule not in ("cosine", "linear", "constant"):
+        if schedule not in SCHEDULES:
             raise ValueError(f"schedule must be cosine, linear or constant, not {schedule!r}")
         if training_steps < 1 or warmup_steps < 0:
             raise ValueError(f"need training_steps >= 1 and warmup_steps >= 0, not {training_steps} and {warmup_steps}")

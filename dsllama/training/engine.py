@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ def start(rank: int, world_size: int) -> World:
 
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if "RANK" not in os.environ:  # plain `python launch/train.py`: a world of one, on a free port
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
     on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
     if on_gpu:
         torch.cuda.set_device(local_rank)
@@ -166,8 +167,8 @@ def _set_default_timeout() -> None:
                 setattr(module, name, _COLLECTIVE_TIMEOUT)
 
 
-def _free_port() -> str:
-    import socket
+def free_port() -> str:
+    """A port of this host that nobody listens on."""
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from dsllama.errors import Problem, UserError
+from dsllama.scheduler import SCHEDULES, Scheduler, learning_rate
 from dsllama.sizes import readable, readable_duration
 
 
@@ -169,3 +171,31 @@ def _append(path: Path, rows: list[dict[str, str]]) -> None:
 def _cell(value: Any) -> Any:
     # repr keeps a float to the bit, so that logs of two runs can be compared exactly.
     return "" if value is None else repr(value) if isinstance(value, float) else value
+
+
+def plot_schedules(path: Path, training_steps: int, warmup_steps: int, max_lr: float, min_lr: float) -> Path:
+    """Draw the cosine, linear and constant schedules over all updates; returns the PNG's path.
+
+    Raises UserError where the numbers do not make a schedule.
+    """
+    from matplotlib.figure import Figure
+
+    try:
+        for schedule in SCHEDULES:
+            Scheduler(None, schedule, training_steps, warmup_steps, max_lr, min_lr)
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except ValueError as error:
+        raise UserError(Problem("schedule", str(error))) from None
+    except OSError as error:
+        raise UserError(Problem(str(path), f"cannot be written ({error.strerror})")) from None
+    updates = sorted({*range(1, training_steps + 1, max(1, training_steps // 2000)), warmup_steps or 1, training_steps})
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for schedule in SCHEDULES:
+        rates = [learning_rate(u, schedule, training_steps, warmup_steps, max_lr, min_lr) for u in updates]
+        axes.plot(updates, rates, label=schedule)
+    axes.set(xlabel="update", ylabel="learning rate")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=110)
+    return path

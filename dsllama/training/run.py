@@ -182,3 +182,7 @@ def _summarize(job, outcome) -> None:
     if outcome.stopped_by:
         print("go on with   the same command and --load_ckpt true")
     sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    leave(main(sys.argv[1:]))

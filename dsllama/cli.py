@@ -1,0 +1,194 @@
+"""`dsllama <verb>`: each verb is a thin layer over a function that a program can call as well."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from dsllama import arguments
+from dsllama.arguments import Parser
+from dsllama.errors import EXIT_USER_ERROR, UserError
+
+Verb = Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns its exit code (2 for a mistake of the user's, said on one screen)."""
+    try:
+        options = _parser().parse_args(sys.argv[1:] if argv is None else argv)
+        return options.verb(options)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `dsllama config | head`
+        sys.stderr.close()
+        return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="dsllama", description="Pretraining of Llama-style models with DeepSpeed.")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    def add(name: str, verb: Verb, text: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=text, description=text)
+        sub.set_defaults(verb=verb)
+        return sub
+
+    sub = add("quickstart", _quickstart, "from the standard library's text to a trained small Llama, in minutes")
+    sub.add_argument("--dir", type=Path, default=Path("runs/quickstart"), help="where everything goes")
+    sub.add_argument("--fresh", action="store_true", help="start the training anew; the earlier run is moved aside")
+    sub.add_argument("--ranks", type=int, default=None, help="processes; default: GPUs, or 2 on a CPU with 2 cores or more")
+    sub.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help="settings of the run, such as n_layers=6")
+
+    sub = add("corpus", _corpus, "gather the text that every CPython has into one JSONL file")
+    sub.add_argument("--out", type=Path, required=True, help="folder to write")
+
+    sub = add("tokenizer", _tokenizer, "train a byte-level BPE tokenizer on raw text")
+    sub.add_argument("inputs", type=Path, nargs="+", help="files or folders: .txt .jsonl(.gz .zst) .parquet")
+    sub.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    sub.add_argument("--vocab_size", type=_count, default=8192, help="tokens, special ones included")
+    sub.add_argument("--text_field", default="text", help="field or column that holds the text")
+    sub.add_argument("--overwrite", action="store_true", help="replace an existing file")
+
+    sub = add("encode", _encode, "turn raw text into .npy token shards")
+    sub.add_argument("inputs", type=Path, nargs="+", help="files or folders: .txt .jsonl(.gz .zst) .parquet")
+    sub.add_argument("--tokenizer", type=Path, required=True, help="the tokenizer's JSON file")
+    sub.add_argument("--out", type=Path, required=True, help="folder for the shards")
+    sub.add_argument("--workers", type=int, default=None, help="processes; default: one per core")
+    sub.add_argument("--shard_tokens", type=_count, default=100_000_000, help="tokens per shard")
+    sub.add_argument("--text_field", default="text", help="field or column that holds the text")
+    sub.add_argument("--on_error", choices=("stop", "skip"), default="stop", help="what to do with bad input")
+    sub.add_argument("--overwrite", action="store_true", help="replace a finished data set")
+
+    sub = add("config", _config, "check a configuration; print it, what follows from it, and the DeepSpeed JSON")
+    sub.add_argument("--world_size", type=_count, default=1, help="ranks over all hosts")
+    sub.add_argument("--only", choices=("all", "config", "deepspeed"), default="all", help="what to print")
+    arguments.add_config_options(sub)
+
+    sub = add("plot-schedule", _plot_schedule, "draw the three learning-rate schedules")
+    sub.add_argument("--out", type=Path, default=Path("schedules.png"), help="PNG file to write")
+    sub.add_argument("--training_steps", type=_count, default=100_000, help="updates")
+    sub.add_argument("--warmup_steps", type=_count, default=1_000, help="updates of warmup")
+    sub.add_argument("--max_lr", type=float, default=1e-3, help="rate after warmup")
+    sub.add_argument("--min_lr", type=float, default=1e-4, help="rate at the end")
+
+    sub = add("generate", _generate, "continue a prompt with any checkpoint")
+    sub.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint, or a folder of them (the newest)")
+    sub.add_argument("--prompt", required=True, help="text to continue")
+    sub.add_argument("--max_new_tokens", type=_count, default=128, help="longest continuation")
+    sub.add_argument("--temperature", type=float, default=0.8, help="0 for greedy")
+    sub.add_argument("--top_p", type=float, default=0.95, help="nucleus")
+    sub.add_argument("--seed", type=_count, default=None, help="for the same text again")
+
+    sub = add("export", _export, "write a checkpoint in the Hugging Face layout")
+    sub.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint, or a folder of them (the newest)")
+    sub.add_argument("--out", type=Path, required=True, help="folder to write")
+    sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="type of the weights")
+    sub.add_argument("--overwrite", action="store_true", help="replace an existing folder")
+    return parser
+
+
+def _count(text: str) -> int:
+    from dsllama.sizes import parse_count
+
+    try:
+        return parse_count(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} {error}") from None
+
+
+def _quickstart(options: argparse.Namespace) -> int:
+    from dsllama.quickstart import quickstart
+
+    return quickstart(options.dir, fresh=options.fresh, ranks=options.ranks, overrides=options.overrides)
+
+
+def _corpus(options: argparse.Namespace) -> int:
+    from dsllama.data.corpus import gather_stdlib_corpus
+
+    print(gather_stdlib_corpus(options.out))
+    return 0
+
+
+def _tokenizer(options: argparse.Namespace) -> int:
+    from dsllama.data.tokenizer import train_tokenizer
+
+    tokenizer = train_tokenizer(options.inputs, options.out, vocab_size=options.vocab_size,
+                                text_field=options.text_field, overwrite=options.overwrite)
+    print(f"{options.out}: {tokenizer.vocab_size:,} tokens")
+    if tokenizer.vocab_size < options.vocab_size:
+        print(f"the text gave no more merges than that ({options.vocab_size:,} were asked for)")
+    return 0
+
+
+def _encode(options: argparse.Namespace) -> int:
+    from dsllama.data.encode import encode
+
+    manifest = encode(options.inputs, options.tokenizer, options.out, workers=options.workers,
+                      shard_tokens=options.shard_tokens, text_field=options.text_field,
+                      on_error=options.on_error, overwrite=options.overwrite)
+    skipped = "".join(f", {count:,} skipped ({kind})" for kind, count in manifest.skipped.items() if count)
+    print(f"{options.out}: {manifest.tokens:,} tokens of {manifest.documents:,} documents in "
+          f"{len(manifest.shards)} shards of {manifest.dtype}{skipped}")
+    return 0
+
+
+def _config(options: argparse.Namespace) -> int:
+    import yaml
+
+    from dsllama.data.tokenizer import Tokenizer
+    from dsllama.deepspeed_config import deepspeed_config
+    from dsllama.derived import DEFAULT_VOCABULARY, derive
+    from dsllama.training.engine import accelerator
+
+    config = arguments.config_from(options)
+    note = ""
+    if config.vocab_size is not None:
+        vocab_size = config.vocab_size
+    elif Path(config.tokenizer_path).exists():
+        vocab_size = Tokenizer.load(config.tokenizer_path).vocab_size
+    else:
+        vocab_size, note = DEFAULT_VOCABULARY, f" (assumed: there is no {config.tokenizer_path} yet)"
+    derived = derive(config, options.world_size, vocab_size)
+    ds_json = deepspeed_config(config, derived, accelerator())
+    if options.only == "all":
+        print("\n".join(derived.lines(config)) + note + "\n")
+    if options.only != "deepspeed":
+        print(yaml.safe_dump(config.to_dict(), sort_keys=False))
+    if options.only != "config":
+        print(json.dumps(ds_json, indent=1))
+    return 0
+
+
+def _plot_schedule(options: argparse.Namespace) -> int:
+    from dsllama.training.reporting import plot_schedules
+
+    print(plot_schedules(options.out, options.training_steps, options.warmup_steps, options.max_lr, options.min_lr))
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from dsllama.inference import load_model
+
+    model = load_model(options.checkpoint)
+    print(model.generate(options.prompt, max_new_tokens=options.max_new_tokens, temperature=options.temperature,
+                         top_p=options.top_p, seed=options.seed))
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from dsllama.inference import export_checkpoint
+
+    path = export_checkpoint(options.checkpoint, options.out, dtype=options.dtype, overwrite=options.overwrite)
+    print(f"{path}: load it with transformers' AutoModelForCausalLM and AutoTokenizer")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

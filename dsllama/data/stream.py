@@ -1,0 +1,285 @@
+"""The shards of a data set as one long stream of token ids.
+
+    folder -> list of shards (manifest, or all *.npy by name) -> headers and samples checked -> prefix sums -> read
+
+A shard is a one-dimensional `.npy` file. Shards are memory-mapped, never loaded, and only the last few in use
+are kept open, so a data set may have many thousand of them. Opening costs a header and at most a few dozen
+small reads per shard; everything that is wrong with the folder comes in one UserError.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from bisect import bisect_right
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from itertools import accumulate
+from pathlib import Path
+from tokenize import TokenError
+from typing import Any
+
+import numpy as np
+import numpy.lib.format as npy
+import numpy.typing as npt
+
+from dsllama.data.manifest import Manifest
+from dsllama.data.manifest import Shard as ManifestShard
+from dsllama.errors import Problem, UserError
+
+TOKEN_DTYPES = ("uint16", "uint32", "int32", "int64")
+
+_OPEN_SHARDS = 128  # each open map holds a file descriptor, and 1,024 of them is a common limit
+_SAMPLE_TOKENS = 1024
+_SAMPLES = 1024  # blocks sampled over the whole data set, so that opening stays cheap on a network disk
+
+_TITLE = "the data set cannot be used"
+_ENCODE = "encode the texts with `dsllama encode`"
+_REPLACE = "encode or copy this file again"
+
+
+class TokenStream:
+    """All shards of a folder, end to end.
+
+    dataset_dir: folder with `.npy` shards. With a `manifest.json` its list of shards is the stream, and every
+    shard must be as it says; without one, all `*.npy` files sorted by name, other files ignored.
+    vocab_size: ids must lie below it; None takes the manifest's, or checks only that none is negative. Ids are
+    checked on samples of each shard here, on every batch by the DatasetLoader, and all of them by `verify`.
+
+    Attributes: tokens (length of the stream), dtype, vocab_size, and fingerprint, the identity of the content:
+    the manifest's, or else one of the shards' lengths, dtype and sampled bytes, whatever the files are called.
+    Raises UserError with everything that is wrong with the folder.
+    """
+
+    def __init__(self, dataset_dir: str | Path, vocab_size: int | None = None):
+        self.dataset_dir = Path(dataset_dir)
+        if not self.dataset_dir.is_dir():
+            rule = "is not a folder" if self.dataset_dir.exists() else "there is no such folder"
+            raise UserError(Problem("dataset_dir", rule, _ENCODE, str(dataset_dir)), _TITLE)
+        self.manifest = Manifest.load(self.dataset_dir)
+        listed = _list_shards(self.dataset_dir, self.manifest)
+        problems = _vocabulary_problems(self.dataset_dir, self.manifest, vocab_size)
+        self.vocab_size = self.manifest.vocab_size if vocab_size is None and self.manifest else vocab_size
+
+        samples_per_shard = min(32, max(2, _SAMPLES // len(listed)))
+        digests = []
+        self._shards: list[_Shard] = []
+        for path, expected in listed:
+            try:
+                shard = _open_shard(path, expected, self.manifest)
+                self._shards.append(shard)
+                digests.append(_sample(shard, samples_per_shard, self.vocab_size))
+            except UserError as error:
+                problems += error.problems
+        problems += _mixed_dtypes(self.dataset_dir, self._shards)
+        if problems:
+            raise UserError(problems, _TITLE)
+
+        self.dtype = self._shards[0].dtype
+        *self._starts, self.tokens = accumulate((shard.tokens for shard in self._shards), initial=0)
+        if self.manifest:
+            self.fingerprint = self.manifest.fingerprint
+        else:
+            identity = [self.dtype.str, *((shard.tokens, digest) for shard, digest in zip(self._shards, digests, strict=True))]
+            self.fingerprint = "sha256:" + hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+        # A partial of a plain function, not a method: a cache that held the stream would keep it alive.
+        self._map = lru_cache(maxsize=_OPEN_SHARDS)(partial(_map_shard, self._shards))
+
+    def read(self, start: int, stop: int) -> npt.NDArray[Any]:
+        """Tokens [start, stop) of the stream, in the shards' dtype, shape (stop - start,); read only.
+
+        Within one shard it is a view on the file and nothing is copied; across a border the parts are joined.
+        """
+        if not 0 <= start <= stop <= self.tokens:
+            raise IndexError(f"tokens [{start}, {stop}) of a stream of {self.tokens}")
+        shard = bisect_right(self._starts, start) - 1
+        offset = start - self._starts[shard]
+        piece = self._map(shard)[offset : offset + stop - start]
+        if len(piece) == stop - start:
+            return piece
+        pieces = [piece]
+        missing = stop - start - len(piece)
+        while missing:
+            shard += 1
+            pieces.append(self._map(shard)[:missing])
+            missing -= len(pieces[-1])
+        return np.concatenate(pieces)
+
+    def locate(self, position: int) -> tuple[Path, int]:
+        """The file that holds a token of the stream, and which of its tokens it is (from 0)."""
+        shard = bisect_right(self._starts, position) - 1
+        return self._shards[shard].path, position - self._starts[shard]
+
+    def outside_vocabulary(self, tokens: npt.NDArray[Any]) -> npt.NDArray[np.bool_] | None:
+        """Which of these ids (any shape, the stream's dtype) are outside the vocabulary; None if none is."""
+        return _outside(tokens, self.vocab_size)
+
+    def vocabulary_problem(self, position: int) -> Problem:
+        """What is wrong with the token at this position, which is outside the vocabulary."""
+        path, offset = self.locate(position)
+        return _outside_problem(path, offset, int(self.read(position, position + 1)[0]), self.vocab_size)
+
+    def verify(self) -> None:
+        """Read every shard whole: its checksum against the manifest's, if there is one, and every id.
+
+        Takes as long as reading the data set once. Raises UserError with all shards that are damaged.
+        """
+        problems = []
+        for number, shard in enumerate(self._shards):
+            if self.manifest and _sha256(shard.path) != self.manifest.shards[number].sha256:
+                problems.append(Problem(str(shard.path), "differs from what was encoded (its checksum does not fit)", _REPLACE))
+            for start in range(0, shard.tokens, 2**22):
+                outside = _outside(block := self._map(number)[start : start + 2**22], self.vocab_size)
+                if outside is not None:
+                    first = int(outside.argmax())
+                    problems.append(_outside_problem(shard.path, start + first, int(block[first]), self.vocab_size))
+                    break
+        if problems:
+            raise UserError(problems, _TITLE)
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """offset: bytes of header before the first token."""
+
+    path: Path
+    dtype: np.dtype[Any]
+    tokens: int
+    offset: int
+
+
+def _list_shards(folder: Path, manifest: Manifest | None) -> list[tuple[Path, ManifestShard | None]]:
+    """The files of the stream in order, each with what the manifest says of it."""
+    listed: list[tuple[Path, ManifestShard | None]]
+    if manifest:
+        listed = [(folder / shard.file, shard) for shard in manifest.shards]
+        rule = "its manifest lists no shards"
+    else:
+        # As in a shell's *.npy, names with a leading dot are left out: file managers put their own files there.
+        names = sorted(path.name for path in folder.glob("*.npy") if not path.name.startswith("."))
+        listed = [(folder / name, None) for name in names if not (folder / name).is_dir()]
+        rule = "holds no .npy files"
+    if not listed:
+        raise UserError(Problem("dataset_dir", rule, _ENCODE, str(folder)), _TITLE)
+    return listed
+
+
+def _open_shard(path: Path, expected: ManifestShard | None, manifest: Manifest | None) -> _Shard:
+    """The shard's header, checked against the file's size and the manifest; nothing else is read."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            shape, dtype = _read_header(file)
+            offset = file.tell()
+    except FileNotFoundError:
+        rule = "is in the manifest but not in the folder" if expected else "is a link to a file that does not exist"
+        raise UserError(Problem(str(path), rule, _REPLACE)) from None
+    except OSError as error:
+        raise UserError(Problem(str(path), f"cannot be read ({error.strerror})", "make it readable")) from None
+    except (ValueError, SyntaxError, TokenError) as error:
+        rule = "is empty (0 bytes)" if size == 0 else f"is not a .npy file ({error})"
+        raise UserError(Problem(str(path), rule, _REPLACE)) from None
+
+    problems: list[Problem] = []
+    tokens = shape[0] if len(shape) == 1 else int(np.prod(shape, dtype=object))
+    if dtype.hasobject:
+        problems.append(Problem(str(path), "holds Python objects, which are never loaded", "save it as an array of uint16"))
+    elif dtype.name not in TOKEN_DTYPES:
+        rule = f"holds {dtype}; token ids are {', '.join(TOKEN_DTYPES)}"
+        problems.append(Problem(str(path), rule, "convert it without rounding, or encode again"))
+    if len(shape) != 1:
+        problems.append(Problem(str(path), f"has shape {shape}; it must have one dimension", "save array.reshape(-1)"))
+    elif tokens < 1:
+        problems.append(Problem(str(path), "holds no tokens", "delete it, or encode again"))
+    if not dtype.hasobject and size != (needed := offset + tokens * dtype.itemsize):
+        rule = f"is truncated: {size:,} bytes of {needed:,}" if size < needed else f"has {size - needed:,} bytes after its array"
+        problems.append(Problem(str(path), rule, _REPLACE))
+    if expected and manifest and (tokens, dtype.name) != (expected.tokens, manifest.dtype):
+        rule = f"holds {tokens:,} tokens of {dtype}; its manifest says {expected.tokens:,} of {manifest.dtype}"
+        problems.append(Problem(str(path), rule, _REPLACE))
+    if problems:
+        raise UserError(problems)
+    return _Shard(path, dtype, tokens, offset)
+
+
+def _read_header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and dtype of a `.npy` file, which is left at its first byte of data."""
+    version = npy.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"format version {version[0]}.{version[1]}")  # 3.0 is only for named fields
+    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    shape, _, dtype = read(file)
+    return shape, dtype
+
+
+def _sample(shard: _Shard, blocks: int, vocab_size: int | None) -> str:
+    """Digest of `blocks` blocks spread evenly from the shard's first token to its last; all of a short shard.
+
+    UserError if one of the ids in them is outside the vocabulary.
+    """
+    if shard.tokens <= blocks * _SAMPLE_TOKENS:
+        starts, length = [0], shard.tokens
+    else:
+        starts, length = [n * (shard.tokens - _SAMPLE_TOKENS) // (blocks - 1) for n in range(blocks)], _SAMPLE_TOKENS
+    digest = hashlib.sha256()
+    with shard.path.open("rb", buffering=0) as file:
+        for start in starts:
+            file.seek(shard.offset + start * shard.dtype.itemsize)
+            content = file.read(length * shard.dtype.itemsize)
+            digest.update(content)
+            tokens = np.frombuffer(content, shard.dtype)
+            outside = _outside(tokens, vocab_size)
+            if outside is not None:
+                first = int(outside.argmax())
+                raise UserError(_outside_problem(shard.path, start + first, int(tokens[first]), vocab_size))
+    return digest.hexdigest()
+
+
+def _outside(tokens: npt.NDArray[Any], vocab_size: int | None) -> npt.NDArray[np.bool_] | None:
+    """Where ids are negative or not below vocab_size; None if nowhere, which costs one pass for the maximum."""
+    # Seen as unsigned, a negative id is a huge one, so that one comparison finds both.
+    bits = tokens.view(tokens.dtype.str.replace("i", "u"))
+    limit = vocab_size if vocab_size is not None else 2 ** (8 * tokens.dtype.itemsize - (tokens.dtype.kind == "i"))
+    return bits >= limit if bits.max() >= limit else None
+
+
+def _outside_problem(path: Path, offset: int, token: int, vocab_size: int | None) -> Problem:
+    rule = "outside the vocabulary" + ("" if vocab_size is None else f" (0 to {vocab_size - 1:,})")
+    remedy = "train with the tokenizer that encoded it, or encode it again with this one"
+    return Problem(str(path), f"token {offset:,} of the file is {token:,}, {rule}", remedy)
+
+
+def _vocabulary_problems(folder: Path, manifest: Manifest | None, vocab_size: int | None) -> list[Problem]:
+    if manifest is None or vocab_size is None or manifest.vocab_size <= vocab_size:
+        return []
+    rule = f"was encoded with a vocabulary of {manifest.vocab_size:,}; the model's is {vocab_size:,}"
+    return [Problem("dataset_dir", rule, "take the tokenizer that encoded it, or encode again", str(folder))]
+
+
+def _mixed_dtypes(folder: Path, shards: list[_Shard]) -> list[Problem]:
+    by_dtype = defaultdict(list)
+    for shard in shards:
+        by_dtype[shard.dtype].append(shard.path.name)
+    if len(by_dtype) < 2:
+        return []
+    found = "; ".join(f"{dtype} in {len(names)} ({names[0]}{', ...' * (len(names) > 1)})" for dtype, names in by_dtype.items())
+    return [Problem("dataset_dir", f"its shards must have one dtype, and have {found}", "encode them together", str(folder))]
+
+
+def _map_shard(shards: list[_Shard], number: int) -> npt.NDArray[Any]:
+    """A read-only view on the shard's tokens, as a plain array: slicing np.memmap itself is slow."""
+    shard = shards[number]
+    try:
+        return np.asarray(np.memmap(shard.path, shard.dtype, "r", shard.offset, (shard.tokens,)))
+    except (OSError, ValueError) as error:
+        rule = f"has changed or gone since the data set was opened ({error})"
+        raise UserError(Problem(str(shard.path), rule, "restore it, and resume")) from error
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

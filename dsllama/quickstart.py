@@ -1,0 +1,208 @@
+"""The whole road in minutes, on a machine with or without a GPU and without a download.
+
+    standard library's text -> tokenizer -> shards -> `deepspeed launch/train.py` -> summary
+
+Each stage that is done already is kept. A run that was interrupted goes on; one that is finished says so.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import yaml
+
+from dsllama.config import TrainingConfig, load_config, read_settings
+from dsllama.data.corpus import gather_stdlib_corpus
+from dsllama.data.encode import encode
+from dsllama.data.tokenizer import train_tokenizer
+from dsllama.errors import Problem, UserError
+from dsllama.sizes import readable, readable_duration
+from dsllama.training.checkpoint import newest_whole
+from dsllama.training.engine import free_port
+from dsllama.training.reporting import read_log, samples_file
+from dsllama.training.stopping import EXIT_STOPPED
+
+_READY_CONFIGURATION = Path(__file__).parent / "quickstart.yaml"
+
+
+def quickstart(folder: Path, fresh: bool = False, ranks: int | None = None, overrides: list[str] | None = None) -> int:
+    """Run every stage that is not done yet; returns the exit code (75 where Ctrl-C stopped it with a checkpoint).
+
+    overrides: FIELD=VALUE settings laid over the embedded configuration. Raises UserError for mistakes.
+    """
+    begun = time.monotonic()
+    check_torch()
+    _say(f"everything goes to {folder}/")
+    corpus = gather_stdlib_corpus(folder / "corpus")
+    _say(f"corpus       {corpus}")
+    config = _configuration(folder, overrides or [])
+    _make_data(folder, config)
+    if fresh:
+        _set_aside(folder)
+    done = newest_whole(config.ckpt_dir)
+    ranks = ranks or default_ranks()
+    config_file = folder / "config.yaml"
+    config.save(config_file)
+    if done is not None and done.tokens >= config.training_tokens:
+        _say(f"training     is finished already ({done.path}); `make quickstart ARGS=--fresh` starts it anew")
+        return _summarize(folder, config, config_file, ranks, time.monotonic() - begun)
+    if done is not None:
+        _say(f"training     goes on from {done.path} ({done.update} updates); ARGS=--fresh would start it anew")
+    command = launch_command(config_file, ranks)
+    _say("training     " + " ".join(command))
+    code = run_launcher(command)
+    if code == EXIT_STOPPED:
+        _say("stopped, with a checkpoint; `make quickstart` goes on from it")
+        return code
+    if code != 0:
+        _say(f"training ended with exit code {code}; what it said is above")
+        return code
+    return _summarize(folder, config, config_file, ranks, time.monotonic() - begun)
+
+
+def default_ranks() -> int:
+    """One process per GPU; without any, 2 where there are 2 cores (so that the run is a distributed one)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return torch.cuda.device_count() or min(2, cores)
+
+
+def launch_command(config_file: Path, ranks: int) -> list[str]:
+    """What a user would type to start the run."""
+    # The launcher that belongs to this Python, whatever comes first on PATH.
+    launcher = Path(sys.executable).with_name("deepspeed")
+    found = str(launcher) if launcher.exists() else "deepspeed"
+    script = ["launch/train.py"] if Path("launch/train.py").exists() else ["--module", "dsllama.training.run"]
+    return [found, "--num_gpus", str(ranks), "--master_port", free_port(), *script, "--config", str(config_file)]
+
+
+def run_launcher(command: list[str]) -> int:
+    """Run DeepSpeed's launcher; Ctrl-C asks the ranks to save and stop, a second one kills everything."""
+    environment = {
+        **os.environ,
+        "PYTHONWARNINGS": "ignore::FutureWarning",
+        "DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+    }
+    quiet = [command[0], "-q", *command[1:]]
+    # In a session of its own, so that the terminal's Ctrl-C reaches us alone and not the launcher, which would kill.
+    process = subprocess.Popen(quiet, env=environment, start_new_session=True)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        _say("stopping after this update, with a checkpoint (Ctrl-C again stops at once)")
+    try:
+        for rank in _ranks_of(process.pid):
+            rank.send_signal(signal.SIGINT)
+        return process.wait()
+    except KeyboardInterrupt:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
+
+
+def check_torch() -> None:
+    """Say so where there is an NVIDIA GPU and a PyTorch that cannot use it."""
+    if torch.version.cuda is None and shutil.which("nvidia-smi"):
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+        if listing.returncode == 0 and listing.stdout.strip():
+            raise UserError(Problem(
+                "torch", f"{torch.__version__} is a CPU build, but this machine has {listing.stdout.splitlines()[0]}",
+                "rm -rf .venv, then the same command with TORCH='torch==2.13.0' and an index that has CUDA builds"))
+
+
+def _configuration(folder: Path, overrides: list[str]) -> TrainingConfig:
+    paths = {
+        "dataset_dir": str(folder / "shards"),
+        "tokenizer_path": str(folder / "tokenizer.json"),
+        "ckpt_dir": str(folder / "checkpoints"),
+        "log_file": str(folder / "log.csv"),
+        "load_ckpt": "auto",
+    }
+    changes: dict[str, Any] = {}
+    for text in overrides:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(Problem(text, "must be FIELD=VALUE", "for example n_layers=6"))
+        changes[name] = yaml.safe_load(value)
+    return load_config(None, {**read_settings(_READY_CONFIGURATION), **paths, **changes})
+
+
+def _make_data(folder: Path, config: TrainingConfig) -> None:
+    tokenizer_path = Path(config.tokenizer_path)
+    if tokenizer_path.exists():
+        _say(f"tokenizer    {tokenizer_path} exists")
+    else:
+        tokenizer = train_tokenizer([folder / "corpus"], tokenizer_path)
+        _say(f"tokenizer    {tokenizer_path}: {tokenizer.vocab_size:,} tokens, byte-level BPE")
+    manifest = encode([folder / "corpus"], tokenizer_path, Path(config.dataset_dir), shard_tokens=1_000_000)
+    _say(f"shards       {config.dataset_dir}: {manifest.tokens:,} tokens of {manifest.documents:,} documents in "
+         f"{len(manifest.shards)} shards")
+
+
+def _set_aside(folder: Path) -> None:
+    """Move an earlier training out of the way; nothing that was saved is deleted."""
+    parts = [folder / name for name in ("checkpoints", "tensorboard", "log.csv", "log.png", "log.samples.txt")]
+    existing = [part for part in parts if part.exists()]
+    if existing:
+        aside = folder / time.strftime("earlier-%Y%m%d-%H%M%S")
+        aside.mkdir()
+        for part in existing:
+            part.rename(aside / part.name)
+        _say(f"the earlier run is kept in {aside}")
+
+
+def _summarize(folder: Path, config: TrainingConfig, config_file: Path, ranks: int, seconds: float) -> int:
+    newest = newest_whole(config.ckpt_dir)
+    rows = read_log(Path(config.log_file))
+    if newest is None or not rows:
+        _say(f"there is no finished training in {folder}")
+        return 1
+    first, last = float(rows[0]["loss"]), float(rows[-1]["loss"])
+    rates = sorted(float(row["tokens_per_second"]) for row in rows)
+    vocabulary = newest.manifest["vocab_size"]
+    train = f"deepspeed --num_gpus {ranks} launch/train.py --config {config_file}"
+    _say(f"""
+loss         {first:.3f} at the start (ln {vocabulary} = {math.log(vocabulary):.3f}), {last:.3f} at the end: {first - last:.3f} lower
+speed        {readable(rates[len(rates) // 2])} tokens per second (median), {config.precision} on {ranks} ranks, ZeRO-{config.zero_stage}
+time         {readable_duration(seconds)} for this command
+checkpoint   {newest.path}
+log          {config.log_file}   plot {Path(config.log_file).with_suffix('.png')}
+TensorBoard  {folder / 'tensorboard'}   samples {samples_file(Path(config.log_file))}
+
+Next (in .venv/bin, or after `source .venv/bin/activate`):
+  generate       dsllama generate --checkpoint {config.ckpt_dir} --prompt "The "
+  export         dsllama export --checkpoint {config.ckpt_dir} --out {folder / 'hf'}
+  train longer   {train} --load_ckpt true --training_tokens {2 * config.training_tokens} --use_prev_scheduler false
+  another model  make quickstart ARGS="--dir runs/deeper n_layers=6 max_lr=0.001"
+  look closer    tensorboard --logdir {folder / 'tensorboard'}""")
+    return 0
+
+
+def _ranks_of(launcher: int) -> list[psutil.Process]:
+    """The training processes under a launcher: those that it gave a --local_rank."""
+    found = []
+    for child in psutil.Process(launcher).children(recursive=True):
+        try:
+            if any(word.startswith("--local_rank") for word in child.cmdline()):
+                found.append(child)
+        except psutil.Error:
+            continue
+    return found
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    check_torch()
