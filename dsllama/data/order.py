@@ -36,7 +36,8 @@ def permute(index: Any, n: int, seed: int, epoch: int) -> Any:
     root, so a second walk is rare.
     """
     places = np.asarray(index)
-    assert 1 <= n <= 2**62 and (places.size == 0 or (0 <= places.min() and places.max() < n)), "index outside [0, n)"
+    assert 1 <= n <= 2**62, "n outside [1, 2**62]"
+    assert places.size == 0 or (places.min() >= 0 and places.max() < n), "index outside [0, n)"
     rows = math.isqrt(n - 1) + 1
     columns = -(-n // rows)
     keys = np.frombuffer(hashlib.sha512(f"{seed}/{epoch}".encode()).digest(), "<u8").astype(_U64)

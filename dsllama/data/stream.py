@@ -81,7 +81,8 @@ class TokenStream:
         if self.manifest:
             self.fingerprint = self.manifest.fingerprint
         else:
-            identity = [self.dtype.str, *((shard.tokens, digest) for shard, digest in zip(self._shards, digests, strict=True))]
+            lengths = [shard.tokens for shard in self._shards]
+            identity = [self.dtype.str, lengths, digests]
             self.fingerprint = "sha256:" + hashlib.sha256(json.dumps(identity).encode()).hexdigest()
         # A partial of a plain function, not a method: a cache that held the stream would keep it alive.
         self._map = lru_cache(maxsize=_OPEN_SHARDS)(partial(_map_shard, self._shards))
@@ -98,13 +99,14 @@ class TokenStream:
         piece = self._map(shard)[offset : offset + stop - start]
         if len(piece) == stop - start:
             return piece
-        pieces = [piece]
-        missing = stop - start - len(piece)
-        while missing:
-            shard += 1
-            pieces.append(self._map(shard)[:missing])
-            missing -= len(pieces[-1])
-        return np.concatenate(pieces)
+        # Copied shard by shard: a list of views would keep every one of these shards open.
+        tokens = np.empty(stop - start, self.dtype)
+        filled = 0
+        while filled < len(tokens):
+            piece = self._map(shard)[offset : offset + len(tokens) - filled]
+            tokens[filled : filled + len(piece)] = piece
+            filled, shard, offset = filled + len(piece), shard + 1, 0
+        return tokens
 
     def locate(self, position: int) -> tuple[Path, int]:
         """The file that holds a token of the stream, and which of its tokens it is (from 0)."""
@@ -128,7 +130,8 @@ class TokenStream:
         problems = []
         for number, shard in enumerate(self._shards):
             if self.manifest and _sha256(shard.path) != self.manifest.shards[number].sha256:
-                problems.append(Problem(str(shard.path), "differs from what was encoded (its checksum does not fit)", _REPLACE))
+                rule = "differs from what was encoded (its checksum does not fit)"
+                problems.append(Problem(str(shard.path), rule, _REPLACE))
             for start in range(0, shard.tokens, 2**22):
                 outside = _outside(block := self._map(number)[start : start + 2**22], self.vocab_size)
                 if outside is not None:
@@ -184,7 +187,8 @@ def _open_shard(path: Path, expected: ManifestShard | None, manifest: Manifest |
     problems: list[Problem] = []
     tokens = shape[0] if len(shape) == 1 else int(np.prod(shape, dtype=object))
     if dtype.hasobject:
-        problems.append(Problem(str(path), "holds Python objects, which are never loaded", "save it as an array of uint16"))
+        rule = "holds Python objects, which are never loaded"
+        problems.append(Problem(str(path), rule, "save it as an array of uint16"))
     elif dtype.name not in TOKEN_DTYPES:
         rule = f"holds {dtype}; token ids are {', '.join(TOKEN_DTYPES)}"
         problems.append(Problem(str(path), rule, "convert it without rounding, or encode again"))
@@ -193,7 +197,8 @@ def _open_shard(path: Path, expected: ManifestShard | None, manifest: Manifest |
     elif tokens < 1:
         problems.append(Problem(str(path), "holds no tokens", "delete it, or encode again"))
     if not dtype.hasobject and size != (needed := offset + tokens * dtype.itemsize):
-        rule = f"is truncated: {size:,} bytes of {needed:,}" if size < needed else f"has {size - needed:,} bytes after its array"
+        what = "is truncated" if size < needed else "goes on after its array"
+        rule = f"{what}: {size:,} bytes where its header says {needed:,}"
         problems.append(Problem(str(path), rule, _REPLACE))
     if expected and manifest and (tokens, dtype.name) != (expected.tokens, manifest.dtype):
         rule = f"holds {tokens:,} tokens of {dtype}; its manifest says {expected.tokens:,} of {manifest.dtype}"
@@ -263,8 +268,9 @@ def _mixed_dtypes(folder: Path, shards: list[_Shard]) -> list[Problem]:
         by_dtype[shard.dtype].append(shard.path.name)
     if len(by_dtype) < 2:
         return []
-    found = "; ".join(f"{dtype} in {len(names)} ({names[0]}{', ...' * (len(names) > 1)})" for dtype, names in by_dtype.items())
-    return [Problem("dataset_dir", f"its shards must have one dtype, and have {found}", "encode them together", str(folder))]
+    found = ", ".join(f"{dtype} in {len(names)} such as {names[0]}" for dtype, names in by_dtype.items())
+    rule = f"its shards must have one dtype, and have {found}"
+    return [Problem("dataset_dir", rule, "encode them together", str(folder))]
 
 
 def _map_shard(shards: list[_Shard], number: int) -> npt.NDArray[Any]:
@@ -273,8 +279,8 @@ def _map_shard(shards: list[_Shard], number: int) -> npt.NDArray[Any]:
     try:
         return np.asarray(np.memmap(shard.path, shard.dtype, "r", shard.offset, (shard.tokens,)))
     except (OSError, ValueError) as error:
-        rule = f"has changed or gone since the data set was opened ({error})"
-        raise UserError(Problem(str(shard.path), rule, "restore it, and resume")) from error
+        rule = f"can no longer be read as it was when the data set was opened ({error})"
+        raise UserError(Problem(str(shard.path), rule, "restore it, and resume"), _TITLE) from error
 
 
 def _sha256(path: Path) -> str:

@@ -1,0 +1,106 @@
+"""Generation of token ids with a key-value cache: prefill once, then one token at a time.
+
+The context never grows past the model's max_seq_len: when it is full, its newer half is read anew and
+generation goes on from there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsllama.errors import Problem, UserError
+
+
+class KeyValueCache:
+    """Keys and values of all layers for one batch; room for `capacity` positions, allocated at first use."""
+
+    def __init__(self, layers: int, capacity: int) -> None:
+        self.capacity = capacity
+        self.length = 0
+        self._kept: list[tuple[Tensor, Tensor] | None] = [None] * layers
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append k and v (B, kv heads, T, head size) of a layer; returns all of its positions so far."""
+        stop = self.length + k.shape[2]
+        kept = self._kept[layer]
+        if kept is None:
+            room = (k.shape[0], k.shape[1], self.capacity, k.shape[3])
+            kept = self._kept[layer] = k.new_empty(room), v.new_empty(room)
+        kept[0][:, :, self.length : stop] = k
+        kept[1][:, :, self.length : stop] = v
+        return kept[0][:, :, :stop], kept[1][:, :, :stop]
+
+
+@torch.no_grad()
+def generate_ids(
+    model: Any,
+    ids: list[int],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    eos_id: int | None = None,
+    seed: int | None = None,
+) -> list[int]:
+    """Up to `max_new_tokens` ids that continue `ids`; `eos_id` ends them and is not among them.
+
+    model: called as model(tokens, cache=cache) -> logits. seed: None draws one from torch's entropy; training's
+    random state is touched in neither case. Raises UserError for values out of range.
+    """
+    _check(ids, max_new_tokens, temperature, top_p)
+    device = next(model.parameters()).device
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    was_training = model.training
+    model.eval()
+    try:
+        return _continue(model, ids, max_new_tokens, temperature, top_p, eos_id, generator, device)
+    finally:
+        model.train(was_training)
+
+
+def _continue(
+    model: Any, ids: list[int], max_new_tokens: int, temperature: float, top_p: float, eos_id: int | None,
+    generator: torch.Generator, device: torch.device,
+) -> list[int]:
+    window = model.config.max_seq_len
+    context, new = list(ids)[-window:], []
+    cache, unread = KeyValueCache(len(model.layers), window), context
+    for _ in range(max_new_tokens):
+        if cache.length + len(unread) > window:
+            unread = (context + new)[-max(1, window // 2) :]
+            cache = KeyValueCache(len(model.layers), window)
+        logits = model(torch.tensor([unread], device=device), cache=cache)[0, -1]
+        token = _choose(logits.float().cpu(), temperature, top_p, generator)
+        if token == eos_id:
+            break
+        new.append(token)
+        unread = [token]
+    return new
+
+
+def _choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
+    """One id from logits (V,): the largest at temperature 0, else drawn from the nucleus (Holtzman et al. 2019)."""
+    if temperature == 0:
+        return int(logits.argmax())
+    probabilities, order = (logits / temperature).softmax(-1).sort(descending=True)
+    # The nucleus: as few tokens as reach top_p together; the one that crosses it belongs to it.
+    probabilities[probabilities.cumsum(-1) - probabilities >= top_p] = 0
+    return int(order[torch.multinomial(probabilities, 1, generator=generator)])
+
+
+def _check(ids: list[int], max_new_tokens: int, temperature: float, top_p: float) -> None:
+    rules = [
+        ("prompt", bool(ids), "must hold at least one token", None),
+        ("max_new_tokens", max_new_tokens >= 0, "must not be negative", max_new_tokens),
+        ("temperature", temperature >= 0, "must be 0 (greedy) or more", temperature),
+        ("top_p", 0 < top_p <= 1, "must be above 0 and at most 1", top_p),
+    ]
+    problems = [Problem(name, rule, value=value) for name, fits, rule, value in rules if not fits]
+    if problems:
+        raise UserError(problems, "cannot generate")

@@ -1,0 +1,263 @@
+"""LLaMaTransformer: a decoder-only transformer with RMSNorm, rotary positions and SwiGLU.
+
+    tokens (B, T) -> embedding (B, T, D) -> n_layers of [x + attention(norm(x)), x + feed_forward(norm(x))]
+                  -> norm -> head -> logits (B, T, V), or with targets the training loss
+
+No biases. The names of the parts are those of the Hugging Face Llama, so that export is a matter of a prefix.
+Every part initializes itself while it is built: under DeepSpeed's zero.Init a loop over the finished model
+would find empty parameters and skip them without a word. The module knows nothing of DeepSpeed otherwise.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dsllama.errors import Problem, UserError
+from dsllama.generation import KeyValueCache, generate_ids
+
+IGNORE_INDEX = -100
+_STD = 0.02
+
+
+def ffn_hidden_size(n_embd: int, multiple_of: int) -> int:
+    """SwiGLU's hidden size: int(8 n_embd / 3), rounded up to a multiple of `multiple_of` (Shazeer 2020; Llama)."""
+    return -(-int(8 * n_embd / 3) // multiple_of) * multiple_of
+
+
+def parameter_count(config: Any, vocab_size: int) -> tuple[int, int]:
+    """(all parameters, those without the input embedding) of a model, in closed form, without building it.
+
+    A tied matrix is counted once, and counts as the output head.
+    """
+    width, hidden = config.n_embd, ffn_hidden_size(config.n_embd, config.multiple_of)
+    kv_width = (config.n_kv_heads or config.n_heads) * (width // config.n_heads)
+    block = 2 * width * width + 2 * width * kv_width + 3 * width * hidden + 2 * width
+    without_embedding = config.n_layers * block + width + vocab_size * width
+    return without_embedding + (0 if config.tie_embeddings else vocab_size * width), without_embedding
+
+
+class Linear(nn.Linear):
+    """A matrix without bias that draws its weights from N(0, std)."""
+
+    def __init__(self, in_features: int, out_features: int, std: float = _STD) -> None:
+        self.std = std
+        super().__init__(in_features, out_features, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Draw the weights; nn.Linear calls it while it is built."""
+        _draw(self.weight, self.std)
+
+
+class Embedding(nn.Embedding):
+    """Token embedding, drawn from N(0, std)."""
+
+    def __init__(self, rows: int, width: int, std: float = _STD) -> None:
+        self.std = std
+        super().__init__(rows, width)
+
+    def reset_parameters(self) -> None:
+        """Draw the weights; nn.Embedding calls it while it is built."""
+        _draw(self.weight, self.std)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, with statistics in fp32 (Zhang and Sennrich 2019)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., D) -> the same shape and type."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions; fewer key-value heads than heads is grouped-query attention."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.heads = config.n_heads
+        self.kv_heads = config.n_kv_heads or config.n_heads
+        self.head_size = config.n_embd // config.n_heads
+        self.dropout = config.dropout
+        self.fused = config.use_flash_attention
+        width, kv_width = config.n_embd, self.kv_heads * self.head_size
+        self.q_proj = Linear(width, width)
+        self.k_proj = Linear(width, kv_width)
+        self.v_proj = Linear(width, kv_width)
+        self.o_proj = Linear(width, width, std=_branch_std(config))
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: KeyValueCache | None, layer: int) -> Tensor:
+        """x: (B, T, D) -> (B, T, D); rotary: cos and sin of the T positions, each (T, head size)."""
+        B, T, D = x.shape
+        q = self.q_proj(x).view(B, T, self.heads, self.head_size).transpose(1, 2)
+        k = self.k_proj(x).view(B, T, self.kv_heads, self.head_size).transpose(1, 2)
+        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_size).transpose(1, 2)
+        q, k = _rotate(q, *rotary), _rotate(k, *rotary)
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)
+        if self.kv_heads != self.heads:
+            k = k.repeat_interleave(self.heads // self.kv_heads, dim=1)
+            v = v.repeat_interleave(self.heads // self.kv_heads, dim=1)
+        dropout = self.dropout if self.training else 0.0
+        if self.fused:
+            # A single query sees everything in the cache; several are the start of a sequence, and causal.
+            out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
+        else:
+            out = _plain_attention(q, k, v, dropout)
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, D))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        hidden = ffn_hidden_size(config.n_embd, config.multiple_of)
+        self.gate_proj = Linear(config.n_embd, hidden)
+        self.up_proj = Linear(config.n_embd, hidden)
+        self.down_proj = Linear(hidden, config.n_embd, std=_branch_std(config))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, T, D) -> (B, T, D)."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """One decoder layer: attention and SwiGLU, each on the normalized input and added to it."""
+
+    def __init__(self, config: Any, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.dropout = config.dropout
+        self.input_layernorm = RMSNorm(config.n_embd, config.eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.n_embd, config.eps)
+        self.mlp = FeedForward(config)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: KeyValueCache | None) -> Tensor:
+        """x: (B, T, D) -> (B, T, D)."""
+        x = x + self._drop(self.self_attn(self.input_layernorm(x), rotary, cache, self.layer))
+        return x + self._drop(self.mlp(self.post_attention_layernorm(x)))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+
+class LLaMaTransformer(nn.Module):
+    """The whole model. See the module's docstring for its shape."""
+
+    def __init__(self, config: Any, tokenizer: Any, device: str | torch.device = "cpu") -> None:
+        """config: a TrainingConfig, or anything with its model fields. tokenizer: gives vocab_size, and text to
+        `generate`; may be None where config.vocab_size is set. device: where the parameters are built."""
+        super().__init__()
+        self.config = config
+        self.tokenizer = tokenizer
+        self.vocab_size: int = config.vocab_size or tokenizer.vocab_size
+        with torch.device(device):
+            self.embed_tokens = Embedding(self.vocab_size, config.n_embd)
+            self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+            self.norm = RMSNorm(config.n_embd, config.eps)
+            # Logits of about n_embd**-0.5 at the start: a loss of ln(vocabulary), whatever the depth and width.
+            self.lm_head = Linear(config.n_embd, self.vocab_size, std=1 / config.n_embd)
+            if config.tie_embeddings:
+                self.embed_tokens.weight = self.lm_head.weight
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+        """tokens (B, T) int64 -> logits (B, T, V); with targets (B, T) int64 -> the scalar loss in fp32.
+
+        The loss is the sum of the cross-entropies (nats) of the positions whose target is not -100, over B * T.
+        cache: keys and values of the positions before these; it is extended.
+        """
+        start = cache.length if cache is not None else 0
+        x = self.embed_tokens(tokens)
+        rotary = self._rotary(start, tokens.shape[1], x.dtype, x.device)
+        recompute = self.config.activation_checkpointing and self.training
+        for block in self.layers:
+            x = checkpoint(block, x, rotary, None, use_reentrant=False) if recompute else block(x, rotary, cache)
+        if cache is not None:
+            cache.length += tokens.shape[1]
+        logits = self.lm_head(self.norm(x))
+        if targets is None:
+            return logits
+        # Divided by all positions, not by the valid ones: then micro-batches of equal size can be averaged in
+        # any split, and a padded row weighs the same on any number of ranks.
+        flat = logits.view(-1, logits.shape[-1]).float()
+        return F.cross_entropy(flat, targets.view(-1), ignore_index=IGNORE_INDEX, reduction="sum") / targets.numel()
+
+    def generate(
+        self,
+        text: str,
+        max_new_tokens: int = 128,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        eos_token: str | None = "<EOS>",
+        seed: int | None = None,
+    ) -> str:
+        """`text` and its continuation. temperature 0 is greedy; eos_token ends it, None for never.
+
+        Raises UserError for values out of range, an unknown eos_token or a model without a tokenizer.
+        """
+        if self.tokenizer is None:
+            raise UserError(Problem("tokenizer", "text needs one, and this model was built without", "use generate_ids"))
+        eos_id = None if eos_token is None else self.tokenizer.token_to_id(eos_token)
+        if eos_token is not None and eos_id is None:
+            raise UserError(Problem("eos_token", "is not in the vocabulary", "use <EOS>, or None to go on to the end", eos_token))
+        ids = [self.tokenizer.sos_id, *self.tokenizer.encode(text)]
+        new = generate_ids(self, ids, max_new_tokens, temperature, top_p, eos_id, seed)
+        return self.tokenizer.decode([*ids, *new])
+
+    def _rotary(self, start: int, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        head_size = self.config.n_embd // self.config.n_heads
+        cos, sin = _rotary_table(self.config.max_seq_len, head_size, self.config.theta, dtype, device)
+        return cos[start : start + length], sin[start : start + length]
+
+
+def _branch_std(config: Any) -> float:
+    """Each of the 2 n_layers branches adds its variance to the residual stream (Radford et al. 2019)."""
+    return _STD / math.sqrt(2 * config.n_layers)
+
+
+@torch.no_grad()
+def _draw(weight: Tensor, std: float) -> None:
+    # Drawn in fp32 and then rounded, so that one seed gives one model in every precision and at every stage.
+    weight.copy_(torch.normal(0.0, std, weight.shape, dtype=torch.float32, device=weight.device))
+
+
+@functools.lru_cache(maxsize=8)
+def _rotary_table(
+    positions: int, head_size: int, theta: float, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """cos and sin, each (positions, head_size), of position * theta**(-2i / head_size) (Su et al. 2021).
+
+    Computed in float64 and rounded once. Not a buffer of the model: an engine that casts the model would round it.
+    """
+    with torch.device("cpu"):
+        frequencies = theta ** (-torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
+        angles = torch.outer(torch.arange(positions, dtype=torch.float64), frequencies).repeat(1, 2)
+    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (i, i + half) of each head by its position's angles; x: (B, heads, T, head size)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def _plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """softmax(q k^T / sqrt(head size)) v with a causal mask, written out; softmax in fp32."""
+    queries, keys = q.shape[-2], k.shape[-2]
+    scores = (q @ k.transpose(-2, -1)).float() / math.sqrt(q.shape[-1])
+    if queries > 1:
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).triu(keys - queries + 1)
+        scores = scores.masked_fill(mask, float("-inf"))
+    return F.dropout(scores.softmax(-1), dropout).to(v.dtype) @ v
