@@ -226,7 +226,8 @@ def consolidated_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
         state = torch.load(file, map_location="cpu", weights_only=False)["module"]
         return {name: tensor.float() for name, tensor in state.items()}
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    with contextlib.redirect_stdout(io.StringIO()):
+    # It reports each file and draws progress bars; a user who generates a sentence wants the sentence.
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
         return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.path), tag=TAG)
