@@ -1,0 +1,172 @@
+"""Whole runs through the real launcher, held against a plain PyTorch loop and against each other.
+
+The plain loop shares nothing with dsllama but the initial weights: the model is transformers', the data are
+slices of one array, the rate is the textbook's formula, the optimizer is torch's.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tests.conftest import TINY, Run, TinyData, launch_all
+
+from dsllama.config import TrainingConfig
+from dsllama.export.huggingface import to_huggingface
+from dsllama.inference import export_checkpoint, load_model
+from dsllama.model import LLaMaTransformer
+
+STAGES = (0, 1, 2, 3)
+UPDATES = 20
+HALF = UPDATES // 2
+
+
+class Campaign:
+    """Every run of this file, made in four launches: 1 and 2 ranks, uninterrupted and resumed in new processes."""
+
+    def __init__(self, root: Path, data: TinyData) -> None:
+        self.root, self.data = root, data
+        self.runs: dict[str, Run] = {}
+        for ranks in (1, 2):
+            first = [self._add(f"stage{s}", ranks, zero_stage=s) for s in STAGES]
+            first += [self._add(f"bf16_stage{s}", ranks, zero_stage=s, precision="bf16") for s in STAGES]
+            first += [self._add("dropout", ranks, zero_stage=1, dropout=0.2)]
+            first += [self._add("shuffled", ranks, zero_stage=1, shuffle="true", training_tokens=40 * 256)]
+            first += [self._add("one_at_a_time", ranks, zero_stage=2, batch_size=1)]
+            first += [self._add("no_clipping", ranks, zero_stage=0, gradient_clipping=0)]
+            launch_all(first, ranks)
+            names = [*(f"stage{s}" for s in STAGES), *(f"bf16_stage{s}" for s in STAGES), "dropout", "shuffled"]
+            launch_all([self._resume(name, ranks) for name in names], ranks)
+
+    def _add(self, name: str, ranks: int, **settings: object) -> Run:
+        run = Run(self.root / f"{name}_{ranks}", {**self.data.settings, **settings})
+        self.runs[run.folder.name] = run
+        return run
+
+    def _resume(self, name: str, ranks: int) -> Run:
+        whole = self.runs[f"{name}_{ranks}"]
+        return self._add(f"{name}_resumed", ranks, **{**whole.settings, "load_ckpt": whole.checkpoint(HALF)})
+
+    def losses(self, name: str, ranks: int) -> dict[int, float]:
+        return self.runs[f"{name}_{ranks}"].losses()
+
+
+@pytest.fixture(scope="module")
+def campaign(tmp_path_factory: pytest.TempPathFactory, tiny_data: TinyData) -> Campaign:
+    return Campaign(tmp_path_factory.mktemp("runs"), tiny_data)
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_data: TinyData) -> dict[str, list[float]]:
+    return plain_loop(tiny_data, clipping=1.0)
+
+
+def plain_loop(data: TinyData, clipping: float) -> dict[str, list[float]]:
+    """20 updates written out with transformers' Llama: losses, gradient norms and rates, one each per update."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = TrainingConfig(**TINY)
+    torch.manual_seed(config.seed)
+    start = LLaMaTransformer(config, data.tokenizer).state_dict()
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=data.tokenizer.vocab_size, hidden_size=32, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=32, rms_norm_eps=1e-5, tie_word_embeddings=False))
+    model.load_state_dict(to_huggingface(start))
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    told: dict[str, list[float]] = {"loss": [], "grad_norm": [], "learning_rate": []}
+    stream = torch.from_numpy(data.tokens.astype(np.int64))
+    for update in range(1, UPDATES + 1):
+        if update < 4:
+            rate = 0.01 * update / 4
+        else:
+            rate = 0.001 + 0.009 * (1 + math.cos(math.pi * (update - 4) / (UPDATES - 4))) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        begin = (update - 1) * 256
+        x, y = stream[begin : begin + 256].view(8, 32), stream[begin + 1 : begin + 257].view(8, 32)
+        loss = torch.nn.functional.cross_entropy(model(x).logits.flatten(0, 1), y.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clipping if clipping else math.inf)
+        optimizer.step()
+        for name, value in (("loss", loss), ("grad_norm", norm), ("learning_rate", rate)):
+            told[name].append(float(torch.as_tensor(value).detach()))
+    told["weights"] = [float(parameter.detach().double().sum()) for parameter in model.state_dict().values()]
+    return told
+
+
+@pytest.mark.parametrize("ranks", (1, 2))
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_zero_stage_trains_like_a_plain_loop(campaign: Campaign, plain, stage: int, ranks: int) -> None:
+    rows = campaign.runs[f"stage{stage}_{ranks}"].rows()
+    assert [int(row["step"]) for row in rows] == list(range(1, UPDATES + 1))
+    for name, tolerance in (("loss", 1e-4), ("grad_norm", 1e-3), ("learning_rate", 1e-12)):
+        assert [float(row[name]) for row in rows] == pytest.approx(plain[name], rel=tolerance), name
+
+
+@pytest.mark.parametrize("ranks", (1, 2))
+def test_without_clipping_it_trains_like_a_plain_loop_too(campaign: Campaign, tiny_data: TinyData, ranks: int) -> None:
+    expected = plain_loop(tiny_data, clipping=0)
+    assert list(campaign.losses("no_clipping", ranks).values()) == pytest.approx(expected["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("ranks", (1, 2))
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_checkpoint_of_any_stage_loads_in_one_process_with_the_plain_loops_weights(
+    campaign: Campaign, plain, stage: int, ranks: int
+) -> None:
+    model = load_model(campaign.runs[f"stage{stage}_{ranks}"].folder / "checkpoints")
+    sums = [float(tensor.double().sum()) for tensor in to_huggingface(model.state_dict()).values()]
+    assert sums == pytest.approx(plain["weights"], rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_exported_checkpoint_of_any_stage_is_the_same_model_in_transformers(
+    campaign: Campaign, tmp_path: Path, stage: int
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    checkpoint = campaign.runs[f"bf16_stage{stage}_2"].checkpoint(UPDATES)
+    folder = export_checkpoint(checkpoint, tmp_path / "hf")
+    theirs, ours = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), load_model(checkpoint)
+    tokens = torch.arange(48).view(2, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=0, atol=1e-5)
+    words = AutoTokenizer.from_pretrained(folder)
+    prompt = words("the quick brown", return_tensors="pt")["input_ids"]
+    continued = theirs.generate(prompt, max_new_tokens=12, do_sample=False)
+    expected = words.decode(continued[0], skip_special_tokens=True)
+    assert ours.generate("the quick brown", max_new_tokens=12, temperature=0) == expected
+
+
+@pytest.mark.parametrize("ranks", (1, 2))
+@pytest.mark.parametrize("stage", STAGES)
+def test_bf16_follows_fp32(campaign: Campaign, plain, stage: int, ranks: int) -> None:
+    assert list(campaign.losses(f"bf16_stage{stage}", ranks).values()) == pytest.approx(plain["loss"], rel=3e-2)
+
+
+@pytest.mark.parametrize("name", ["stage1", "shuffled"])
+def test_the_number_of_ranks_does_not_change_the_losses(campaign: Campaign, name: str) -> None:
+    assert campaign.losses(name, 1) == pytest.approx(campaign.losses(name, 2), rel=1e-4)
+
+
+@pytest.mark.parametrize("ranks", (1, 2))
+def test_the_micro_batch_does_not_change_the_losses(campaign: Campaign, ranks: int) -> None:
+    assert campaign.losses("one_at_a_time", ranks) == pytest.approx(campaign.losses("stage2", ranks), rel=1e-4)
+
+
+@pytest.mark.parametrize("ranks", (1, 2))
+@pytest.mark.parametrize("name", [*(f"stage{s}" for s in STAGES), *(f"bf16_stage{s}" for s in STAGES), "dropout", "shuffled"])
+def test_a_resumed_run_gives_the_same_losses_to_the_bit(campaign: Campaign, name: str, ranks: int) -> None:
+    whole, resumed = campaign.losses(name, ranks), campaign.losses(f"{name}_resumed", ranks)
+    assert resumed == {update: loss for update, loss in whole.items() if update > HALF}
+
+
+def test_the_order_is_another_when_shuffled_and_every_epoch_is_seen_whole(campaign: Campaign) -> None:
+    shuffled, straight = campaign.losses("shuffled", 1), campaign.losses("stage1", 1)
+    # 40 updates of 8 sequences pass over the 250 sequences of the data set and into a second epoch.
+    assert len(shuffled) == 40
+    assert shuffled[1] == pytest.approx(straight[1], rel=0.02) and shuffled[1] != straight[1]
