@@ -154,7 +154,8 @@ def _config(options: argparse.Namespace) -> int:
     elif Path(config.tokenizer_path).exists():
         vocab_size = Tokenizer.load(config.tokenizer_path).vocab_size
     else:
-        vocab_size, note = DEFAULT_VOCABULARY, f" (assumed: there is no {config.tokenizer_path} yet)"
+        vocab_size = DEFAULT_VOCABULARY
+        note = f"\n             the vocabulary is assumed: there is no {config.tokenizer_path} yet"
     derived = derive(config, options.world_size, vocab_size)
     ds_json = deepspeed_config(config, derived, accelerator())
     if options.only == "all":

@@ -44,7 +44,7 @@ class Derived:
             f"tokens x {self.world_size} ranks x {self.gradient_accumulation_steps} accumulation",
             f"run          {self.updates:,} updates = {readable(self.total_tokens)} tokens, "
             f"{config.schedule} schedule, {config.warmup_iterations:,} of warmup",
-            f"cost         {readable(self.flops_per_token)}FLOP per token (PaLM count), "
+            f"cost         {self.flops_per_token / 1e9:,.3g} GFLOP per token (PaLM count), "
             f"{self.flops_per_token * self.total_tokens:.3g} FLOP in all",
         ]
 

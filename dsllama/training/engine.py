@@ -53,7 +53,7 @@ def start(rank: int, world_size: int) -> World:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if "RANK" not in os.environ:  # plain `python launch/train.py`: a world of one, on a free port
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
-    on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+    on_gpu = accelerator() == "cuda"
     if on_gpu:
         torch.cuda.set_device(local_rank)
         # TF32 where a matrix product is still fp32: the optimizer's precision is not touched by it.
@@ -69,8 +69,9 @@ def start(rank: int, world_size: int) -> World:
 
 
 def accelerator() -> str:
-    """"cuda" or "cpu": what DeepSpeed will train on here."""
-    return "cuda" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda" else "cpu"
+    """"cuda" or "cpu": what DeepSpeed trains on here, and is told to."""
+    # Left alone, DeepSpeed warns on a machine without a GPU that it could not find one.
+    return os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def build(model_factory: Callable[[], torch.nn.Module], ds_config: Json) -> tuple[Any, Scheduler]:
@@ -133,7 +134,7 @@ def load(engine: Any, folder: Path) -> None:
 
 def _quieten() -> None:
     """Keep DeepSpeed's and torch's chatter out of the console; warnings and errors stay."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    accelerator()
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.distributed")
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)

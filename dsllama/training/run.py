@@ -18,6 +18,7 @@ from pathlib import Path
 
 from dsllama import arguments
 from dsllama.config import TrainingConfig
+from dsllama.data.manifest import Manifest
 from dsllama.errors import EXIT_USER_ERROR, Problem, UserError
 from dsllama.sizes import readable, readable_duration
 from dsllama.training.stopping import EXIT_STOPPED
@@ -79,12 +80,11 @@ def prepare(config: TrainingConfig, rank: int, world_size: int):  # -> Job; the 
 
     problems: list[Problem] = rules.check_world_size(config, world_size)
     tokenizer = loader = validation = derived = ds_json = resume_from = None
+    vocab_size = config.vocab_size or DEFAULT_VOCABULARY
     with _collecting(problems):
         tokenizer = Tokenizer.load(config.tokenizer_path)
-    with _collecting(problems):
-        vocab_size = vocabulary(config, tokenizer.vocab_size if tokenizer else DEFAULT_VOCABULARY)
-    if problems and tokenizer is None:
-        vocab_size = config.vocab_size or DEFAULT_VOCABULARY
+        problems += _encoded_otherwise(config, tokenizer.fingerprint)
+        vocab_size = vocabulary(config, tokenizer.vocab_size)
     order = {
         "batch": config.batch_size, "seq_len": config.max_seq_len, "process_rank": rank, "num_processes": world_size,
         "dataset_dir": config.dataset_dir, "device": _device(), "seed": config.seed,
@@ -109,6 +109,15 @@ def prepare(config: TrainingConfig, rank: int, world_size: int):  # -> Job; the 
         raise UserError(problems)
     assert derived is not None and ds_json is not None and tokenizer is not None and loader is not None
     return Job(config, derived, ds_json, tokenizer, loader, validation, resume_from)
+
+
+def _encoded_otherwise(config: TrainingConfig, fingerprint: str) -> list[Problem]:
+    """Whether the data set's manifest names another tokenizer: its ids would mean other words."""
+    manifest = Manifest.load(Path(config.dataset_dir))
+    if manifest is None or manifest.tokenizer == fingerprint:
+        return []
+    return [Problem("tokenizer_path", f"is not the tokenizer that encoded {config.dataset_dir}",
+                    "use that one, or run `dsllama encode` again with this one", config.tokenizer_path)]
 
 
 def vocabulary(config: TrainingConfig, tokenizer_size: int) -> int:

@@ -1,0 +1,302 @@
+"""Sixty and more ways to get it wrong: each ends with exit code 2 and one screen that names what, why and what to do.
+
+They go through the same `main` as `deepspeed launch/train.py` and `dsllama`; a few go through the real launcher.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.conftest import REPOSITORY, Run, TinyData, deepspeed_command, launch_all, options, run
+
+from dsllama import cli
+from dsllama.data.encode import encode
+from dsllama.data.tokenizer import train_tokenizer
+from dsllama.training.run import main as train
+
+Prepare = Callable[[Path, dict[str, Any]], None]
+
+
+def overlay(content: Any) -> Prepare:
+    """Lay a DeepSpeed JSON over the configuration."""
+
+    def prepare(folder: Path, settings: dict[str, Any]) -> None:
+        text = content if isinstance(content, str) else json.dumps(content)
+        (folder / "overlay.json").write_text(text, encoding="utf-8")
+        settings["deepspeed_overlay"] = folder / "overlay.json"
+
+    return prepare
+
+
+def config_file(text: str, name: str = "c.yaml") -> Prepare:
+    """Give the settings in a file as well."""
+
+    def prepare(folder: Path, settings: dict[str, Any]) -> None:
+        (folder / name).write_text(text, encoding="utf-8")
+        settings["config"] = folder / name
+
+    return prepare
+
+
+def shards(**arrays: Any) -> Prepare:
+    """Replace the data set by these arrays."""
+
+    def prepare(folder: Path, settings: dict[str, Any]) -> None:
+        (folder / "bad").mkdir()
+        for name, array in arrays.items():
+            np.save(folder / "bad" / f"{name}.npy", array)
+        settings["dataset_dir"] = folder / "bad"
+
+    return prepare
+
+
+def truncated_shard(folder: Path, settings: dict[str, Any]) -> None:
+    shards(a=np.zeros(5000, np.uint16))(folder, settings)
+    file = folder / "bad" / "a.npy"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def garbage_shard(folder: Path, settings: dict[str, Any]) -> None:
+    shards(a=np.zeros(5000, np.uint16))(folder, settings)
+    (folder / "bad" / "b.npy").write_bytes(b"this is no array")
+
+
+def bad_manifest(folder: Path, settings: dict[str, Any]) -> None:
+    shards(a=np.zeros(5000, np.uint16))(folder, settings)
+    (folder / "bad" / "manifest.json").write_text('{"format": "dsllama-shards-1", "tokens"', encoding="utf-8")
+
+
+def other_tokenizer(folder: Path, settings: dict[str, Any]) -> None:
+    """Data that were encoded with another tokenizer than the one that is named."""
+    (folder / "text.txt").write_text("one text " * 2000, encoding="utf-8")
+    train_tokenizer([folder / "text.txt"], folder / "other.json", vocab_size=280)
+    encode([folder / "text.txt"], folder / "other.json", folder / "encoded", workers=1, progress=False)
+    settings["dataset_dir"] = folder / "encoded"
+
+
+def tokenizer(text: str) -> Prepare:
+    def prepare(folder: Path, settings: dict[str, Any]) -> None:
+        (folder / "tok.json").write_text(text, encoding="utf-8")
+        settings["tokenizer_path"] = folder / "tok.json"
+
+    return prepare
+
+
+def file_in_the_way(folder: Path, settings: dict[str, Any]) -> None:
+    (folder / "file").write_text("", encoding="utf-8")
+    settings["ckpt_dir"] = folder / "file" / "checkpoints"
+
+
+def some(**settings: Any) -> Prepare:
+    """Only other settings."""
+    return lambda folder, target: target.update(settings)
+
+
+# what is wrong -> (how to get there, words that the message must hold)
+TRAINING: dict[str, tuple[Prepare, list[str]]] = {
+    # --- single fields
+    "unknown option": (some(max_Ir="3e-4"), ["--max_Ir", "did you mean 'max_lr'"]),
+    "no number": (some(max_lr="fast"), ["--max_lr", "'fast'", "not a number"]),
+    "negative rate": (some(max_lr=-1), ["--max_lr", "greater than 0"]),
+    "rate not finite": (some(max_lr="inf"), ["--max_lr", "finite"]),
+    "rate nan": (some(min_lr="nan"), ["--min_lr", "finite"]),
+    "fraction of a token": (some(tokens_per_update="1.5"), ["--tokens_per_update", "whole number"]),
+    "zero batch": (some(batch_size=0), ["--batch_size", "greater than 0"]),
+    "negative length": (some(max_seq_len=-32), ["--max_seq_len", "greater than 0"]),
+    "no layers": (some(n_layers=0), ["--n_layers", "greater than 0"]),
+    "beta of one": (some(beta1=1), ["--beta1", "less than 1"]),
+    "dropout of one": (some(dropout="1.0"), ["--dropout", "less than 1"]),
+    "negative clipping": (some(gradient_clipping=-1), ["--gradient_clipping", "greater than or equal to 0"]),
+    "negative decay": (some(weight_decay=-0.1), ["--weight_decay", "greater than or equal to 0"]),
+    "zero eps": (some(eps=0), ["--eps", "greater than 0"]),
+    "theta of one": (some(theta=1), ["--theta", "greater than 1"]),
+    "unknown schedule": (some(schedule="cos"), ["--schedule", "cosine, linear, constant"]),
+    "unknown precision": (some(precision="bf8"), ["--precision", "bf16, fp16, fp32"]),
+    "unknown stage": (some(zero_stage=4), ["--zero_stage", "0, 1, 2, 3"]),
+    "unknown device": (some(offload_optimizer="disk"), ["--offload_optimizer", "none, cpu, nvme"]),
+    "no boolean": (some(shuffle="perhaps"), ["--shuffle", "boolean"]),
+    "multiplier of one": (some(model_gen_multiplier=1), ["--model_gen_multiplier", "greater than 1"]),
+    "nucleus of nothing": (some(sample_top_p=0), ["--sample_top_p", "greater than 0"]),
+    "no checkpoint ever": (some(token_ckpt=0), ["--token_ckpt", "greater than 0"]),
+    "unknown suffix of a size": (some(training_tokens="45X"), ["--training_tokens", "45e9"]),
+    "seed below zero": (some(seed=-1), ["--seed", "greater than or equal to 0"]),
+    # --- between fields
+    "update does not divide": (some(tokens_per_update=1000), ["multiple of", "1024 or 960"]),
+    "update smaller than a micro-step": (some(tokens_per_update=32), ["multiple of", "use tokens_per_update 64"]),
+    "heads do not divide": (some(n_heads=5), ["n_embd", "multiple of n_heads = 5", "n_heads 4"]),
+    "odd heads": (some(n_embd=36), ["odd size", "32 or 40"]),
+    "kv heads do not divide": (some(n_kv_heads=3), ["n_kv_heads", "divide n_heads = 4", "2 or 4"]),
+    "min above max": (some(min_lr=0.1), ["min_lr", "not be above max_lr"]),
+    "warmup as long as the run": (some(warmup_iterations=20), ["warmup_iterations", "below the 20 updates", "use 1"]),
+    "offload without zero": (some(zero_stage=0, offload_optimizer="cpu"), ["offload_optimizer", "needs ZeRO"]),
+    "parameters off at stage 2": (some(zero_stage=2, offload_params="cpu"), ["offload_params", "zero_stage 3"]),
+    "nvme at stage 2": (some(zero_stage=2, offload_optimizer="nvme", nvme_path="/n"), ["zero_stage 3"]),
+    "nvme nowhere": (some(zero_stage=3, offload_optimizer="nvme"), ["nvme_path", "must name a folder"]),
+    "vocabulary too small": (some(vocab_size=100), ["vocab_size", "smaller than the tokenizer's"]),
+    # --- configuration files
+    "no such file": (some(config="nowhere.yaml"), ["nowhere.yaml", "no such configuration file", "configs/"]),
+    "broken YAML": (config_file("batch_size: [1"), ["c.yaml:", "cannot be read as YAML"]),
+    "broken JSON": (config_file('{"batch_size": 1', "c.json"), ["c.json:1", "is not JSON"]),
+    "key twice": (config_file("seed: 1\nseed: 2\n"), ["c.yaml:2", "'seed' is given twice"]),
+    "JSON key twice": (config_file('{"seed": 1, "seed": 2}', "c.json"), ["'seed' twice"]),
+    "a list": (config_file("- seed\n"), ["field: value"]),
+    "not UTF-8": (lambda f, s: ((f / "c.yaml").write_bytes(b"\xff\xfe"), s.update(config=f / "c.yaml")), ["c.yaml"]),  # type: ignore[dict-item, func-returns-value]
+    "unknown key in file": (config_file("n_layer: 2\n"), ["n_layer", "did you mean 'n_layers'"]),
+    "wrong value in file": (config_file("eps: small\n"), ["c.yaml: eps", "'small'"]),
+    # --- DeepSpeed overlays
+    "no such overlay": (some(deepspeed_overlay="nowhere.json"), ["no such file", "ds_configs/zero2.json"]),
+    "overlay is no JSON": (overlay("{"), ["overlay.json:1", "is not JSON"]),
+    "overlay with a typo": (overlay({"gradient_clipp1ng": 1}), ["gradient_clipp1ng", "'gradient_clipping'"]),
+    "typo in depth": (overlay({"zero_optimization": {"reduce_bucket": 1}}), ["zero_optimization.reduce_bucket", "'reduce_bucket_size'"]),
+    "typo deeper": (overlay({"zero_optimization": {"offload_optimizer": {"devise": "cpu"}}}), ["offload_optimizer.devise", "'device'"]),
+    "other batch": (overlay({"train_batch_size": 7}), ["train_batch_size = 7", "gives 8"]),
+    "other accumulation": (overlay({"gradient_accumulation_steps": 3}), ["gradient_accumulation_steps = 3", "gives 4"]),
+    "other rate": (overlay({"optimizer": {"params": {"lr": 1.0}}}), ["optimizer.params.lr = 1.0", "gives 0.01"]),
+    "other precision": (overlay({"fp16": {"enabled": True}}), ["fp16.enabled = True", "precision"]),
+    "other clipping": (overlay({"gradient_clipping": 5}), ["gradient_clipping = 5", "gives 1.0"]),
+    "other scheduler": (overlay({"scheduler": {"type": "WarmupLR"}}), ["scheduler.type", "DsllamaScheduler"]),
+    "other stage": (lambda f, s: (overlay({"zero_optimization": {"stage": 3}})(f, s), s.update(zero_stage=2)), ["zero_optimization.stage = 3", "gives 2"]),  # type: ignore[dict-item, func-returns-value]
+    "stage of nine": (overlay({"zero_optimization": {"stage": 9}}), ["stage", "0, 1, 2 or 3"]),
+    "auto that nothing derives": (overlay({"zero_optimization": {"sub_group_size": "auto"}}), ["sub_group_size", "nothing derives"]),
+    "section that is none": (overlay({"zero_optimization": 2}), ["zero_optimization", "must be a section"]),
+    "value that DeepSpeed refuses": (overlay({"zero_optimization": {"reduce_bucket_size": -5}}), ["DeepSpeed refuses", "reduce_bucket_size"]),
+    # --- data
+    "no data": (some(dataset_dir="/nowhere/at/all"), ["/nowhere/at/all"]),
+    "no shards": (shards(), ["bad", ".npy"]),
+    "float shard": (shards(a=np.zeros(5000)), ["a.npy", "float64"]),
+    "square shard": (shards(a=np.zeros((50, 100), np.uint16)), ["a.npy", "dimension"]),
+    "object shard": (shards(a=np.array([{}], dtype=object)), ["a.npy", "object"]),
+    "truncated shard": (truncated_shard, ["a.npy"]),
+    "no array": (garbage_shard, ["b.npy"]),
+    "mixed types": (shards(a=np.zeros(5000, np.uint16), b=np.zeros(5000, np.uint32)), ["uint16", "uint32"]),
+    "ids outside the vocabulary": (shards(a=np.full(5000, 60000, np.uint16)), ["a.npy", "60,000"]),
+    "less than one update": (shards(a=np.zeros(200, np.uint16)), ["200", "256"]),
+    "all of it held out": (some(validation_tokens=8000), ["validation_tokens"]),
+    "bad manifest": (bad_manifest, ["manifest.json", "cannot be read"]),
+    # --- tokenizer
+    "no tokenizer": (some(tokenizer_path="nowhere.json"), ["nowhere.json", "dsllama tokenizer"]),
+    "tokenizer that is none": (tokenizer("{}"), ["tok.json", "dsllama tokenizer"]),
+    "tokenizer without special tokens": (
+        tokenizer('{"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}'),
+        ["tok.json", "<SOS>"]),
+    "another tokenizer than the data's": (other_tokenizer, ["tokenizer_path", "not the tokenizer that encoded"]),
+    # --- checkpoints
+    "nothing to resume": (some(load_ckpt="true"), ["holds no checkpoint", "--load_ckpt false"]),
+    "resume from nowhere": (some(load_ckpt="/nowhere/update_1"), ["/nowhere/update_1", "no such folder"]),
+    "checkpoint folder in the way": (file_in_the_way, ["file", "cannot be used"]),
+}
+
+VERBS: dict[str, tuple[list[str], list[str]]] = {
+    "unknown verb": (["trian"], ["trian"]),
+    "no verb": ([], ["VERB"]),
+    "text that does not exist": (["tokenizer", "nowhere.txt", "--out", "t.json"], ["nowhere.txt"]),
+    "vocabulary of nothing": (["tokenizer", "README.md", "--out", "t.json", "--vocab_size", "9"], ["vocab_size", "266"]),
+    "no tokenizer to encode with": (["encode", "tests", "--tokenizer", "nowhere.json", "--out", "o"], ["tests"]),
+    "checkpoint that is none": (["generate", "--checkpoint", "tests", "--prompt", "x"], ["tests", "manifest.json"]),
+    "export of nothing": (["export", "--checkpoint", "nowhere", "--out", "o"], ["nowhere"]),
+    "half a schedule": (["plot-schedule", "--training_steps", "10", "--warmup_steps", "20"], ["warmup_steps"]),
+    "no world": (["config", "--world_size", "x"], ["world_size"]),
+    "batch that does not divide": (["config", "--world_size", "3"], ["4 x 2048 x 3 = 24576", "516096 or 540672"]),
+}
+
+
+def one_clear_screen(captured: Any) -> str:
+    """The message on standard error, which must be short and no traceback."""
+    assert "Traceback" not in captured.err + captured.out
+    assert 0 < len(captured.err.splitlines()) <= 40
+    return captured.err
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_training_refuses_with_a_clear_message(name: str, tiny_data: TinyData, tmp_path: Path, capsys) -> None:
+    prepare, expected = TRAINING[name]
+    settings = {**tiny_data.settings, "ckpt_dir": tmp_path / "checkpoints", "log_file": tmp_path / "log.csv"}
+    prepare(tmp_path, settings)
+    if "config" in settings:  # the file's own values must reach the checks
+        settings = {k: v for k, v in settings.items() if k not in ("batch_size", "seed", "eps", "n_layers")}
+    assert train(options(settings)) == 2
+    message = one_clear_screen(capsys.readouterr())
+    assert [word for word in expected if word not in message] == [], message
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_verbs_refuse_with_a_clear_message(name: str, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    words, expected = VERBS[name]
+    assert cli.main(words) == 2
+    message = one_clear_screen(capsys.readouterr())
+    assert [word for word in expected if word not in message] == [], message
+
+
+def test_everything_that_is_wrong_is_said_at_once(tiny_data: TinyData, tmp_path: Path, capsys) -> None:
+    settings = {**tiny_data.settings, "tokenizer_path": "no.json", "dataset_dir": "/no/data", "load_ckpt": "/no/checkpoint",
+                "deepspeed_overlay": "no_overlay.json", "ckpt_dir": tmp_path / "c", "log_file": tmp_path / "l.csv"}
+    assert train(options(settings)) == 2
+    message = one_clear_screen(capsys.readouterr())
+    assert all(part in message for part in ("no.json", "/no/data", "/no/checkpoint", "no_overlay.json"))
+
+
+def test_the_launcher_passes_the_message_and_the_code_on(tiny_data: TinyData, tmp_path: Path) -> None:
+    settings = {**tiny_data.settings, "n_heads": 5, "max_Ir": 1}
+    result = run(*deepspeed_command(2, "launch/train.py", *options(settings)))
+    assert result.returncode == 2
+    assert result.stderr.count("did you mean 'max_lr'") == 1 and "Traceback" not in result.stderr
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    trained = Run(tmp_path_factory.mktemp("finished"), {**tiny_data.settings, "training_tokens": 6 * 256, "token_ckpt": 768})
+    launch_all([trained], 1)
+    return trained
+
+
+def damage(update: int, how: str) -> Callable[[Run], None]:
+    def apply(trained: Run) -> None:
+        folder = trained.checkpoint(update)
+        file = max((folder / "engine").iterdir(), key=lambda p: p.stat().st_size)
+        if how == "truncated":
+            file.write_bytes(file.read_bytes()[:-1])
+        elif how == "missing":
+            file.unlink()
+        elif how == "no manifest":
+            (folder / "manifest.json").unlink()
+        else:
+            (folder / "manifest.json").write_text(how, encoding="utf-8")
+
+    return apply
+
+
+CHECKPOINTS: dict[str, tuple[list[Callable[[Run], None]], dict[str, Any], list[str]]] = {
+    "one that would be overwritten": ([], {}, ["holds 2 checkpoints", "--load_ckpt true"]),
+    "another width": ([], {"load_ckpt": "true", "n_embd": 64}, ["n_embd = 64", "32"]),
+    "another length": ([], {"load_ckpt": "true", "max_seq_len": 16}, ["max_seq_len = 16", "32"]),
+    "another pace": ([], {"load_ckpt": "true", "tokens_per_update": 512, "warmup_iterations": 1}, ["tokens_per_update = 512", "256"]),
+    "another stage": ([], {"load_ckpt": "true", "zero_stage": 3}, ["zero_stage", "1"]),
+    "another precision": ([], {"load_ckpt": "true", "precision": "bf16"}, ["precision", "fp32"]),
+    "asked for by name and truncated": ([damage(6, "truncated")], {"load_ckpt": "update_0000006"}, ["bytes instead of", "update_0000003"]),
+    "asked for by name and a file missing": ([damage(6, "missing")], {"load_ckpt": "update_0000006"}, ["is missing"]),
+    "manifest gone": ([damage(6, "no manifest")], {"load_ckpt": "update_0000006"}, ["no manifest.json"]),
+    "manifest torn": ([damage(6, '{"format":')], {"load_ckpt": "update_0000006"}, ["cannot be read"]),
+    "manifest of something else": ([damage(6, '{"format": "x", "files": {}}')], {"load_ckpt": "update_0000006"}, ["format"]),
+    "none of them whole": ([damage(3, "truncated"), damage(6, "truncated")], {"load_ckpt": "true"}, ["none of the 2"]),
+}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_checkpoint_that_cannot_be_resumed_is_refused(name: str, finished: Run, tmp_path: Path, capsys) -> None:
+    damages, changes, expected = CHECKPOINTS[name]
+    copy = Run(tmp_path / "copy", {**finished.settings, **changes})
+    shutil.copytree(finished.folder, copy.folder)
+    for apply in damages:
+        apply(copy)
+    if str(changes.get("load_ckpt", "")).startswith("update_"):
+        copy.settings["load_ckpt"] = copy.folder / "checkpoints" / changes["load_ckpt"]
+    assert train(copy.words()) == 2
+    message = one_clear_screen(capsys.readouterr())
+    assert [word for word in expected if word not in message] == [], message
