@@ -6,6 +6,7 @@ generation goes on from there.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -46,11 +47,12 @@ def generate_ids(
 ) -> list[int]:
     """Up to `max_new_tokens` ids that continue `ids`; `eos_id` ends them and is not among them.
 
-    model: called as model(tokens, cache=cache) -> logits. seed: None draws one from torch's entropy; training's
-    random state is touched in neither case. Raises UserError for values out of range.
+    model: an LLaMaTransformer, in whatever mode; it is left in that mode. temperature: 0 takes the likeliest id,
+    others divide the logits. top_p: draw from the fewest ids that reach this probability together. seed: None takes
+    one from the system's entropy; training's random state is touched in neither case.
+    Raises UserError for values out of range.
     """
     _check(ids, max_new_tokens, temperature, top_p)
-    device = next(model.parameters()).device
     generator = torch.Generator()
     if seed is None:
         generator.seed()
@@ -59,24 +61,28 @@ def generate_ids(
     was_training = model.training
     model.eval()
     try:
-        return _continue(model, ids, max_new_tokens, temperature, top_p, eos_id, generator, device)
+        with _uncompiled(model):
+            return _continue(model, list(ids), max_new_tokens, temperature, top_p, eos_id, generator)
     finally:
         model.train(was_training)
 
 
 def _continue(
     model: Any, ids: list[int], max_new_tokens: int, temperature: float, top_p: float, eos_id: int | None,
-    generator: torch.Generator, device: torch.device,
+    generator: torch.Generator,
 ) -> list[int]:
     window = model.config.max_seq_len
-    context, new = list(ids)[-window:], []
-    cache, unread = KeyValueCache(len(model.layers), window), context
+    device = next(model.parameters()).device
+    new: list[int] = []
+    unread = ids[-window:]
+    cache = KeyValueCache(len(model.layers), min(window, len(unread) + max_new_tokens))
     for _ in range(max_new_tokens):
         if cache.length + len(unread) > window:
-            unread = (context + new)[-max(1, window // 2) :]
+            # Half, and not all but one: reading the window anew for each token would cost as much as no cache.
+            unread = (ids + new)[-max(1, window // 2) :]
             cache = KeyValueCache(len(model.layers), window)
-        logits = model(torch.tensor([unread], device=device), cache=cache)[0, -1]
-        token = _choose(logits.float().cpu(), temperature, top_p, generator)
+        logits = model(torch.tensor([unread], device=device), cache=cache)[0, -1, : model.known_tokens]
+        token = _choose(logits.double().cpu(), temperature, top_p, generator)
         if token == eos_id:
             break
         new.append(token)
@@ -84,14 +90,28 @@ def _continue(
     return new
 
 
+def _uncompiled(model: Any) -> contextlib.AbstractContextManager[Any]:
+    """Run a model that was compiled in place as it was before: every length of the cache would be compiled anew."""
+    compiled = getattr(model, "_compiled_call_impl", None) is not None
+    return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+
+
 def _choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """One id from logits (V,): the largest at temperature 0, else drawn from the nucleus (Holtzman et al. 2019)."""
+    """One id from logits (V,): the largest at temperature 0, else drawn from the nucleus."""
     if temperature == 0:
         return int(logits.argmax())
-    probabilities, order = (logits / temperature).softmax(-1).sort(descending=True)
-    # The nucleus: as few tokens as reach top_p together; the one that crosses it belongs to it.
+    return int(torch.multinomial(token_probabilities(logits, temperature, top_p), 1, generator=generator))
+
+
+def token_probabilities(logits: Tensor, temperature: float, top_p: float) -> Tensor:
+    """The distribution (V,) that an id is drawn from: softmax(logits / temperature), cut to its nucleus.
+
+    The nucleus is the fewest ids that reach top_p together, the one that crosses it among them (Holtzman et al. 2019).
+    """
+    # Subtracting the largest keeps a tiny temperature from overflowing; the softmax is the same.
+    probabilities, order = ((logits - logits.max()) / temperature).softmax(-1).sort(descending=True, stable=True)
     probabilities[probabilities.cumsum(-1) - probabilities >= top_p] = 0
-    return int(order[torch.multinomial(probabilities, 1, generator=generator)])
+    return torch.zeros_like(probabilities).scatter_(0, order, probabilities / probabilities.sum())
 
 
 def _check(ids: list[int], max_new_tokens: int, temperature: float, top_p: float) -> None:

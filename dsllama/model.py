@@ -10,7 +10,6 @@ would find empty parameters and skip them without a word. The module knows nothi
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -97,23 +96,22 @@ class Attention(nn.Module):
         self.o_proj = Linear(width, width, std=_branch_std(config))
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: KeyValueCache | None, layer: int) -> Tensor:
-        """x: (B, T, D) -> (B, T, D); rotary: cos and sin of the T positions, each (T, head size)."""
+        """x: (B, T, D) -> (B, T, D); rotary: the T positions' table, see `_rotary_table`."""
         B, T, D = x.shape
-        q = self.q_proj(x).view(B, T, self.heads, self.head_size).transpose(1, 2)
-        k = self.k_proj(x).view(B, T, self.kv_heads, self.head_size).transpose(1, 2)
+        q = _rotate(self.q_proj(x).view(B, T, self.heads, self.head_size), *rotary).transpose(1, 2)
+        k = _rotate(self.k_proj(x).view(B, T, self.kv_heads, self.head_size), *rotary).transpose(1, 2)
         v = self.v_proj(x).view(B, T, self.kv_heads, self.head_size).transpose(1, 2)
-        q, k = _rotate(q, *rotary), _rotate(k, *rotary)
+        # One query after others sees all of them; what starts a sequence is causal. Not asked as T > 1, which is
+        # no plain bool to torch.compile where the length varies.
+        causal = cache is None or cache.length == 0
         if cache is not None:
             k, v = cache.extend(layer, k, v)
-        if self.kv_heads != self.heads:
-            k = k.repeat_interleave(self.heads // self.kv_heads, dim=1)
-            v = v.repeat_interleave(self.heads // self.kv_heads, dim=1)
         dropout = self.dropout if self.training else 0.0
         if self.fused:
-            # A single query sees everything in the cache; several are the start of a sequence, and causal.
-            out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
+            out = F.scaled_dot_product_attention(
+                q, k, v, dropout_p=dropout, is_causal=causal, enable_gqa=self.kv_heads != self.heads)
         else:
-            out = _plain_attention(q, k, v, dropout)
+            out = _plain_attention(q, k, v, dropout, causal)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, D))
 
 
@@ -144,7 +142,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.n_embd, config.eps)
         self.mlp = FeedForward(config)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: KeyValueCache | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: KeyValueCache | None = None) -> Tensor:
         """x: (B, T, D) -> (B, T, D)."""
         x = x + self._drop(self.self_attn(self.input_layernorm(x), rotary, cache, self.layer))
         return x + self._drop(self.mlp(self.post_attention_layernorm(x)))
@@ -158,41 +156,62 @@ class LLaMaTransformer(nn.Module):
 
     def __init__(self, config: Any, tokenizer: Any, device: str | torch.device = "cpu") -> None:
         """config: a TrainingConfig, or anything with its model fields. tokenizer: gives vocab_size, and text to
-        `generate`; may be None where config.vocab_size is set. device: where the parameters are built."""
+        `generate`; may be None where config.vocab_size is set. device: where the parameters are built.
+
+        Raises UserError if config.vocab_size has no room for the tokenizer's ids.
+        """
         super().__init__()
         self.config = config
         self.tokenizer = tokenizer
         self.vocab_size: int = config.vocab_size or tokenizer.vocab_size
+        # A padded vocabulary has rows that stand for no token: generation must not choose them.
+        self.known_tokens: int = self.vocab_size if tokenizer is None else tokenizer.vocab_size
+        if self.vocab_size < self.known_tokens:
+            raise UserError(Problem("vocab_size", f"must be at least the tokenizer's {self.known_tokens}",
+                                    f"use {self.known_tokens}, or leave it out", self.vocab_size))
         with torch.device(device):
             self.embed_tokens = Embedding(self.vocab_size, config.n_embd)
             self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
             self.norm = RMSNorm(config.n_embd, config.eps)
             # Logits of about n_embd**-0.5 at the start: a loss of ln(vocabulary), whatever the depth and width.
+            # A tied matrix takes this scale too: at 0.02 the loss would start 0.0002 n_embd nats higher.
             self.lm_head = Linear(config.n_embd, self.vocab_size, std=1 / config.n_embd)
             if config.tie_embeddings:
                 self.embed_tokens.weight = self.lm_head.weight
+            # Not a buffer: an engine that casts the model to bf16 would round the angles' cosines for good.
+            self.rotary = _rotary_table(config.max_seq_len, config.n_embd // config.n_heads, config.theta)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
         """tokens (B, T) int64 -> logits (B, T, V); with targets (B, T) int64 -> the scalar loss in fp32.
 
         The loss is the sum of the cross-entropies (nats) of the positions whose target is not -100, over B * T.
-        cache: keys and values of the positions before these; it is extended.
+        cache: keys and values of the positions before these; it is extended, and only the last position's logits
+        are computed, (B, 1, V). Raises ValueError for more positions than max_seq_len.
         """
+        T = tokens.shape[1]
         start = cache.length if cache is not None else 0
+        if start + T > self.config.max_seq_len:
+            raise ValueError(f"{start + T} positions are more than max_seq_len = {self.config.max_seq_len}")
+        assert start == 0 or T == 1, "a cache is filled from its start, then extended token by token"
         x = self.embed_tokens(tokens)
-        rotary = self._rotary(start, tokens.shape[1], x.dtype, x.device)
+        cos, sin = (table[start : start + T].to(x.device, x.dtype) for table in self.rotary)
         recompute = self.config.activation_checkpointing and self.training
         for block in self.layers:
-            x = checkpoint(block, x, rotary, None, use_reentrant=False) if recompute else block(x, rotary, cache)
+            if recompute:
+                # Saving the random state costs time at every block, and nothing is drawn without dropout.
+                x = checkpoint(block, x, (cos, sin), use_reentrant=False, preserve_rng_state=bool(block.dropout))
+            else:
+                x = block(x, (cos, sin), cache)
         if cache is not None:
-            cache.length += tokens.shape[1]
+            cache.length += T
+            x = x[:, -1:]
         logits = self.lm_head(self.norm(x))
         if targets is None:
             return logits
         # Divided by all positions, not by the valid ones: then micro-batches of equal size can be averaged in
         # any split, and a padded row weighs the same on any number of ranks.
-        flat = logits.view(-1, logits.shape[-1]).float()
-        return F.cross_entropy(flat, targets.view(-1), ignore_index=IGNORE_INDEX, reduction="sum") / targets.numel()
+        flat = logits.flatten(0, 1).float()  # the only fp32 copy; none where the model is fp32
+        return F.cross_entropy(flat, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum") / targets.numel()
 
     def generate(
         self,
@@ -203,23 +222,29 @@ class LLaMaTransformer(nn.Module):
         eos_token: str | None = "<EOS>",
         seed: int | None = None,
     ) -> str:
-        """`text` and its continuation. temperature 0 is greedy; eos_token ends it, None for never.
+        """`text` and its continuation: <SOS> and the text are read, then at most `max_new_tokens` tokens drawn.
 
+        temperature 0 is greedy; top_p is the nucleus; eos_token ends it, None for never. One seed gives one text;
+        None takes another each time, and is not for several ranks that hold parts of one model (ZeRO-3): they must
+        draw the same. Training's random state and mode are left as they were.
         Raises UserError for values out of range, an unknown eos_token or a model without a tokenizer.
         """
         if self.tokenizer is None:
-            raise UserError(Problem("tokenizer", "text needs one, and this model was built without", "use generate_ids"))
+            rule = "is needed to read text, and this model was built without one"
+            raise UserError(Problem("tokenizer", rule, "use generate_ids"), "cannot generate")
         eos_id = None if eos_token is None else self.tokenizer.token_to_id(eos_token)
         if eos_token is not None and eos_id is None:
-            raise UserError(Problem("eos_token", "is not in the vocabulary", "use <EOS>, or None to go on to the end", eos_token))
+            remedy = "use <EOS>, or None to go on to max_new_tokens"
+            raise UserError(Problem("eos_token", "is not in the vocabulary", remedy, eos_token), "cannot generate")
         ids = [self.tokenizer.sos_id, *self.tokenizer.encode(text)]
         new = generate_ids(self, ids, max_new_tokens, temperature, top_p, eos_id, seed)
         return self.tokenizer.decode([*ids, *new])
 
-    def _rotary(self, start: int, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-        head_size = self.config.n_embd // self.config.n_heads
-        cos, sin = _rotary_table(self.config.max_seq_len, head_size, self.config.theta, dtype, device)
-        return cos[start : start + length], sin[start : start + length]
+    def _apply(self, fn: Any, recurse: bool = True) -> LLaMaTransformer:
+        # The table follows the parameters to another device, but keeps its fp32.
+        super()._apply(fn, recurse)
+        self.rotary = tuple(table.to(self.norm.weight.device) for table in self.rotary)
+        return self
 
 
 def _branch_std(config: Any) -> float:
@@ -233,31 +258,29 @@ def _draw(weight: Tensor, std: float) -> None:
     weight.copy_(torch.normal(0.0, std, weight.shape, dtype=torch.float32, device=weight.device))
 
 
-@functools.lru_cache(maxsize=8)
-def _rotary_table(
-    positions: int, head_size: int, theta: float, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (positions, head_size), of position * theta**(-2i / head_size) (Su et al. 2021).
+def _rotary_table(positions: int, head_size: int, theta: float) -> tuple[Tensor, ...]:
+    """cos and signed sin of position * theta**(-2i / head_size), each (positions, 1, head_size) in fp32.
 
-    Computed in float64 and rounded once. Not a buffer of the model: an engine that casts the model would round it.
+    RoPE (Su et al. 2021). The first half of sin is negative, as `_rotate` needs it. Computed in fp32 step by step as
+    transformers does, so that the exported model turns by the same angles far out; and from integers, because
+    zero.Init rounds to the model's type what torch.arange and its like return.
     """
-    with torch.device("cpu"):
-        frequencies = theta ** (-torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
-        angles = torch.outer(torch.arange(positions, dtype=torch.float64), frequencies).repeat(1, 2)
-    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+    frequencies = 1.0 / theta ** (torch.arange(0, head_size, 2).float() / head_size)
+    angles = torch.outer(torch.arange(positions).float(), frequencies).unsqueeze(1)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (i, i + half) of each head by its position's angles; x: (B, heads, T, head size)."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+def _rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+    """Turn the pairs (i, i + half) of each head by its position's angles; x: (B, T, heads, head size)."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin).type_as(x)
 
 
-def _plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """softmax(q k^T / sqrt(head size)) v with a causal mask, written out; softmax in fp32."""
-    queries, keys = q.shape[-2], k.shape[-2]
+def _plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float, causal: bool) -> Tensor:
+    """softmax(q k^T / sqrt(head size)) v, written out; softmax in fp32."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     scores = (q @ k.transpose(-2, -1)).float() / math.sqrt(q.shape[-1])
-    if queries > 1:
-        mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).triu(keys - queries + 1)
-        scores = scores.masked_fill(mask, float("-inf"))
+    if causal:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(later, float("-inf"))
     return F.dropout(scores.softmax(-1), dropout).to(v.dtype) @ v

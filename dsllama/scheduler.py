@@ -70,8 +70,9 @@ class Scheduler:
         self.warmup_steps = warmup_steps
         self.max_lr = max_lr
         self.min_lr = min_lr
+        self.current_step = 1
         self._warned = False
-        self.step(1)
+        self._set_rate()
 
     def step(self, current_step: int | None = None) -> None:
         """Set the rate for update `current_step`; without it, for the update after the current one."""
@@ -79,13 +80,10 @@ class Scheduler:
         last_silent = self.training_steps + (1 if current_step is None else 0)
         self.current_step = self.current_step + 1 if current_step is None else current_step
         if self.current_step > last_silent and not self._warned:
-            logger.warning("past the schedule's %d updates: the learning rate stays where it ended", self.training_steps)
+            message = "past the schedule's %d updates: the learning rate stays where it ended"
+            logger.warning(message, self.training_steps)
             self._warned = True
-        self.current_lr = learning_rate(
-            self.current_step, self.schedule, self.training_steps, self.warmup_steps, self.max_lr, self.min_lr
-        )
-        for group in self.optimizer.param_groups if self.optimizer is not None else ():
-            group["lr"] = self.current_lr
+        self._set_rate()
 
     def get_current_lr(self) -> float:
         """The rate that is set now."""
@@ -100,4 +98,12 @@ class Scheduler:
         """Go on where `state_dict` was taken, with the schedule that it holds."""
         for name, value in state_dict.items():
             setattr(self, name, value)
-        self.step(self.current_step)
+        # Not through `step`: to open the checkpoint of a finished run is no update past its end.
+        self._set_rate()
+
+    def _set_rate(self) -> None:
+        self.current_lr = learning_rate(
+            self.current_step, self.schedule, self.training_steps, self.warmup_steps, self.max_lr, self.min_lr
+        )
+        for group in self.optimizer.param_groups if self.optimizer is not None else ():
+            group["lr"] = self.current_lr

@@ -12,20 +12,23 @@ import json
 import platform
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from dsllama.errors import Problem, UserError
 from dsllama.sizes import readable
 
-_LEFT_OUT = frozenset(
-    "test tests idlelib idle_test lib2to3 turtledemo ensurepip tkinter distutils site-packages __pycache__".split())
+# Tests and demonstrations, what some builds leave out, what is installed besides, and the topics a second time.
+_LEFT_OUT = frozenset((
+    "test", "tests", "idlelib", "idle_test", "lib2to3", "turtledemo", "ensurepip", "tkinter", "distutils",
+    "site-packages", "dist-packages", "__pycache__", "pydoc_data",
+))
 _SMALLEST = 5_000_000
 
 
 @dataclass(frozen=True)
 class CorpusSummary:
-    """What was gathered. bytes: of text, in UTF-8; sha256: of the JSONL file."""
+    """What was gathered. bytes: of text, in UTF-8; sha256: of the JSONL file; reused: it was there already."""
 
     path: str
     documents: int
@@ -33,58 +36,79 @@ class CorpusSummary:
     sha256: str
     source: str
     licence: str = "PSF-2.0"
+    reused: bool = False
 
     def __str__(self) -> str:
-        return (f"{self.path}: {self.documents:,} documents, {readable(self.bytes)}B of text from {self.source} "
+        text = (f"{self.path}: {self.documents:,} documents, {readable(self.bytes)}B of text from {self.source} "
                 f"({self.licence} licence)")
+        return text + (", kept as it was" if self.reused else "")
 
 
-def gather_stdlib_corpus(out: str | Path) -> CorpusSummary:
-    """Write the corpus to `out`/stdlib.jsonl, one document a line; an existing one of this Python is kept.
+def gather_stdlib_corpus(out: str | Path, stdlib: str | Path | None = None) -> CorpusSummary:
+    """Write the corpus to `out`/stdlib.jsonl, one document a line, and what it is to `out`/summary.json.
 
-    Raises UserError on a Python without its sources (a zipped or minimal one), or where `out` cannot be written.
+    stdlib: the folder of sources, by default the running Python's. A corpus that is there already is kept, that of
+    another Python too. The documents come in the order of a hash of their names: the same order everywhere, and any
+    stretch of it, such as a held-out end, is a fair sample.
+
+    Raises UserError on a Python without its sources (a zipped or minimal one), and where `out` cannot be written or
+    holds a stdlib.jsonl that was changed.
     """
     out = Path(out)
     path, note = out / "stdlib.jsonl", out / "summary.json"
-    source = f"CPython {platform.python_version()}'s standard library"
-    if path.exists() and note.exists():
-        summary = CorpusSummary(**json.loads(note.read_text(encoding="utf-8")))
-        if summary.sha256 == _sha256(path):
-            return summary
-    texts = list(_documents())
-    size = sum(len(text.encode()) for text in texts)
+    summary = _summary_of(note)
+    if summary is not None and path.is_file() and summary.sha256 == _sha256(path):
+        return replace(summary, path=str(path), reused=True)
+    root = Path(stdlib or sysconfig.get_paths()["stdlib"])
+    documents = sorted(_documents(root), key=lambda document: hashlib.sha256(document[0].encode()).digest())
+    size = sum(len(text.encode()) for _, text in documents)
     if size < _SMALLEST:
-        raise UserError(Problem("Python's standard library", f"has only {readable(size)}B of sources here",
-                                "use a Python with its sources (not zipped or minimal), or bring your own text: see "
-                                "`dsllama tokenizer --help`"), "no corpus")
+        raise UserError(Problem(str(root), f"has only {readable(size)}B of Python sources: a zipped or minimal Python",
+                                "use a Python with its sources, or bring your own text (see the README)"), "no corpus")
     try:
         out.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for _, text in documents)
+        sha256 = _sha256(temporary)
+        if path.exists() and _sha256(path) != sha256:
+            temporary.unlink()
+            raise UserError(Problem(str(path), "is there already, and not as it was gathered",
+                                    "move it away, or give another folder"), "no corpus")
         temporary.replace(path)
-        summary = CorpusSummary(str(path), len(texts), size, _sha256(path), source)
-        note.write_text(json.dumps(asdict(summary), indent=1), encoding="utf-8")
+        source = f"CPython {platform.python_version()}'s standard library" if stdlib is None else str(root)
+        summary = CorpusSummary(str(path), len(documents), size, sha256, source)
+        temporary = note.with_name(note.name + ".tmp")
+        temporary.write_text(json.dumps(asdict(summary), indent=1), encoding="utf-8")
+        temporary.replace(note)
     except OSError as error:
         raise UserError(Problem(str(out), f"cannot be written ({error.strerror})", "give another folder")) from None
     return summary
 
 
-def _documents() -> Iterator[str]:
-    """Documentation topics first, then sources by path: the same order everywhere."""
+def _documents(root: Path) -> Iterator[tuple[str, str]]:
+    """(name, text) of the documentation topics and of each source that is not empty."""
     try:
-        yield from (text for _, text in sorted(importlib.import_module("pydoc_data.topics").topics.items()))
+        topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     except ImportError:
-        pass  # some distributions leave it out; the sources alone are enough
-    root = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(root.rglob("*.py")):
-        if _LEFT_OUT.isdisjoint(path.relative_to(root).parts):
+        topics = {}  # some distributions leave it out; the sources alone are enough
+    yield from ((f"topic {name}", text) for name, text in topics.items())
+    for path in root.rglob("*.py"):
+        name = path.relative_to(root)
+        if _LEFT_OUT.isdisjoint(name.parts):
             try:
-                text = path.read_text(encoding="utf-8")
+                text = path.read_bytes().decode("utf-8")
             except (OSError, UnicodeDecodeError):
                 continue
             if text.strip():
-                yield text
+                yield name.as_posix(), text
+
+
+def _summary_of(note: Path) -> CorpusSummary | None:
+    try:
+        return CorpusSummary(**json.loads(note.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def _sha256(path: Path) -> str:

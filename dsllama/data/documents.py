@@ -1,311 +1,354 @@
 """Raw text in: files of .txt, .jsonl(.gz, .zst) and .parquet as a stream of documents, in bounded memory.
 
-    files -> blocks (raw bytes of many lines, a row group, a few small files) -> documents
+    inputs -> files, in a fixed order -> blocks of about a megabyte -> documents, and what was wrong with the rest
 
-Cutting into blocks is cheap and done by one process, in order; reading the documents out of a block is the
-work, and any process can do it. Neither depends on how many processes there are.
+Cutting files into blocks is cheap and done by one process, in order; reading the documents out of a block is the
+work, and any process can do it (see encode.py). Neither depends on how many processes there are. A document larger
+than a block passes in pieces (see pieces.py), of which the first `starts` it and the last `ends` it.
 """
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
-import re
-import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
-from dsllama.errors import Problem, UserError
+from dsllama.data import unpacking
+from dsllama.data.pieces import PIECE_CHARACTERS, pieces_of_file, pieces_of_text, utf8_error
+from dsllama.data.unpacking import BLOCK_BYTES, DamagedFile, LineTooLong, NoSuchColumn
+from dsllama.errors import Problem, UserError, did_you_mean
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-_BLOCK_BYTES = 2**20
-# A .txt file is one document; a larger one than this passes in pieces.
-_PIECE_BYTES = 8 * 2**20
-_SPLIT_HERE = re.compile(rb"(?<=[^\s])[ \n]")
+_NEEDS = {".parquet": "pyarrow", ".zst": "zstandard"}
+_SKIP = "mend it, or leave it out with --on_error skip"
+_FILES_PER_BLOCK = 500
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# Kinds of what is left out whatever the user asked for, because there is nothing in it to mend.
+_HARMLESS = ("empty document", "empty file")
 
 
-@dataclass(frozen=True)
-class Document:
-    """A document or a piece of one: only the first piece `starts` it, only the last one `ends` it."""
+class Document(NamedTuple):
+    """A document, or a piece of a large one. line: where it begins in `file`, from 1; in parquet, the row."""
 
+    file: str
+    line: int
     text: str
-    where: str
     starts: bool = True
     ends: bool = True
+
+
+class Flaw(NamedTuple):
+    """Something that gave no document. kind: a few words to count it by, such as "bad JSON"."""
+
+    kind: str
+    problem: Problem
+
+
+class Place(NamedTuple):
+    """A place in the input, from which `blocks` can go on: so many files, and blocks of the next one, are done."""
+
+    file: int = 0
+    block: int = 0
 
 
 @dataclass
 class Read:
-    """What a block held: its documents, and what was wrong or empty."""
+    """What a block held, in order."""
 
     documents: list[Document] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
-    empty: int = 0
+    flaws: list[Flaw] = field(default_factory=list)
+
+    @property
+    def problems(self) -> list[Problem]:
+        """What a user has to mend; not what is merely empty."""
+        return [flaw.problem for flaw in self.flaws if flaw.kind not in _HARMLESS]
+
+    @property
+    def skipped(self) -> Counter[str]:
+        """How much gave no document, by kind."""
+        return Counter(flaw.kind for flaw in self.flaws)
 
 
 @dataclass(frozen=True)
 class Block:
-    """A part of the input that any process can read by itself.
+    """A part of the input that any process can read by itself; one of `texts`, `lines`, `rows`, `ready` is filled.
 
-    disk_bytes: its share of the files' sizes. first: the number of its first line, row or byte. group: a row group.
+    text_field: of the JSON objects. following: the place after it. disk_bytes: its share of the files' sizes.
+    texts: whole small .txt files. lines, rows: of `file`, the first of them being number `first`. ready: read already.
     """
 
-    kind: str
-    paths: tuple[str, ...]
-    disk_bytes: int
-    data: bytes = b""
-    first: int = 0
-    group: int = 0
-    starts: bool = True
-    ends: bool = True
+    text_field: str = "text"
+    following: Place = field(default_factory=Place)
+    disk_bytes: int = 0
+    file: str = ""
+    first: int = 1
+    texts: tuple[str, ...] = ()
+    lines: bytes = b""
+    rows: Sequence[Any] = ()
+    ready: tuple[Document | Flaw, ...] = ()
 
-    def read(self, text_field: str = "text") -> Read:
-        """The documents in this block. What is wrong is listed, not raised."""
+    def read(self) -> Read:
+        """The documents in this block, and what was wrong. Raises nothing for bad input."""
         found = Read()
-        _READERS[self.kind](self, text_field, found)
+        for item in self._items():
+            if isinstance(item, Flaw):
+                found.flaws.append(item)
+            else:
+                found.documents.append(item)
         return found
 
+    def _items(self) -> Iterator[Document | Flaw]:
+        yield from self.ready
+        for file in self.texts:
+            yield _read_text(file)
+        if self.lines:
+            # The mark is no part of the text, and legal only at the very beginning of a file.
+            data = self.lines.removeprefix(_BYTE_ORDER_MARK) if self.first == 1 else self.lines
+            for number, line in enumerate(data.split(b"\n"), self.first):
+                yield from _read_line(line, self.file, number, self.text_field)
+        for number, value in enumerate(self.rows, self.first):
+            yield from _checked(value, self.file, number, f"{self.file}: row {number}", self.text_field)
 
-def input_files(inputs: list[Path]) -> list[Path]:
-    """The files behind a list of files and folders, folders searched to any depth, in a fixed order.
 
-    Raises UserError for what does not exist, a suffix that is not read, and folders with nothing to read.
+def input_files(inputs: Iterable[str | Path]) -> list[Path]:
+    """The files behind a list of files and folders, folders searched to any depth and sorted, hidden files left out.
+
+    Raises UserError with all that is wrong: what does not exist or is named twice, a suffix that is not read, a
+    folder with nothing to read, a package that a format needs and that is not installed.
     """
     files: list[Path] = []
-    problems = []
-    known = ", ".join(SUFFIXES)
+    problems: list[Problem] = []
+    known = f"known suffixes: {', '.join(SUFFIXES)}"
     for given in map(Path, inputs):
-        if given.is_dir():
-            inside = sorted(p for p in given.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES))
+        if os.path.isdir(given):
+            inside = [path for path in _walk(given, problems) if _is_known(path)]
             files += inside
             if not inside:
-                problems.append(Problem(str(given), "holds no file that can be read", f"known suffixes: {known}"))
-        elif not given.is_file():
+                problems.append(Problem(str(given), "holds no file that can be read", known))
+        elif not os.path.isfile(given):
             problems.append(Problem(str(given), "there is no such file or folder", "check the path"))
-        elif not given.name.endswith(SUFFIXES):
-            problems.append(Problem(str(given), "has a suffix that is not read", f"known suffixes: {known}"))
+        elif not _is_known(given):
+            problems.append(Problem(str(given), "has a suffix that is not read", known))
         else:
             files.append(given)
+    twice = [path for path, count in Counter(path.resolve() for path in files).items() if count > 1]
+    problems += [Problem(str(path), "is named twice, and would be read twice", "name it once") for path in twice]
+    for suffix, package in _NEEDS.items():
+        needing = [path for path in files if path.suffix.lower() == suffix]
+        if needing and find_spec(package) is None:
+            problems.append(Problem(str(needing[0]), f"needs the package {package}", f"pip install {package}"))
+    if not files and not problems:
+        problems.append(Problem("inputs", "no file or folder was given", "name at least one"))
     if problems:
         raise UserError(problems, "cannot read the input")
     return files
 
 
-def read_documents(files: list[Path], text_field: str = "text") -> Iterator[Document]:
-    """All documents of the files, in order. Raises UserError at the first block with something wrong."""
-    for block in blocks(files):
-        found = block.read(text_field)
-        if found.problems:
-            raise UserError(found.problems, "the input is wrong")
+def read_documents(
+    files: Sequence[Path], text_field: str = "text", on_error: str = "stop", skipped: Counter[str] | None = None
+) -> Iterator[Document]:
+    """All documents of the files, in order.
+
+    on_error: "stop" raises UserError at the first block with something wrong in it; "skip" leaves that out. Either
+    way, `skipped` counts by kind what gave no document. Raises UserError where there is no document at all.
+    """
+    counts: Counter[str] = Counter() if skipped is None else skipped
+    any_document = False
+    for block in blocks(files, text_field):
+        found = block.read()
+        if found.problems and on_error == "stop":
+            raise UserError(found.problems, "cannot read the input")
+        counts.update(found.skipped)
+        any_document |= bool(found.documents)
         yield from found.documents
+    if not any_document:
+        raise no_documents(files, counts)
 
 
-def blocks(files: list[Path]) -> Iterator[Block]:
-    """Cut the input into blocks of about a megabyte. Raises UserError where a file cannot be opened or unpacked."""
+def no_documents(files: Sequence[Path], skipped: Counter[str]) -> UserError:
+    """The error for an input without a single document."""
+    names = ", ".join(map(str, files[:3])) + (", ..." if len(files) > 3 else "")
+    left_out = ", ".join(f"{count:,} x {kind}" for kind, count in sorted(skipped.items()))
+    rule = "holds no text" + (f" (left out: {left_out})" if left_out else "")
+    return UserError(Problem(names, rule, "give files with text in them"), "cannot read the input")
+
+
+def blocks(files: Sequence[Path], text_field: str = "text", start: Place | None = None) -> Iterator[Block]:
+    """Cut the input into blocks, from a `Block.following` of an earlier call on, or from its beginning."""
+    start = start or Place()
     small: list[str] = []
     small_bytes = 0
-    for path in files:
-        size = path.stat().st_size
-        if path.suffix == ".txt" and size <= _PIECE_BYTES:
+    for number, path in enumerate(files[start.file :], start.file):
+        size = path.stat().st_size if os.path.isfile(path) else 0
+        is_small = path.suffix.lower() == ".txt" and size <= PIECE_CHARACTERS
+        if small and (not is_small or small_bytes >= BLOCK_BYTES or len(small) >= _FILES_PER_BLOCK):
+            yield Block(text_field, Place(number), small_bytes, texts=tuple(small))
+            small, small_bytes = [], 0
+        if is_small:
             small.append(str(path))
             small_bytes += size
-            if small_bytes < _BLOCK_BYTES:
-                continue
-        if small:
-            yield Block("texts", tuple(small), small_bytes)
-            small, small_bytes = [], 0
-        if path.suffix == ".txt" and size > _PIECE_BYTES:
-            yield from _text_pieces(path)
-        elif path.suffix == ".parquet":
-            yield from _row_groups(path)
-        elif path.suffix != ".txt":
-            yield from _line_blocks(path)
+            continue
+        skip = start.block if number == start.file else 0
+        for count, block in enumerate(_blocks_of(path, size, text_field), 1):
+            if count > skip:
+                yield replace(block, text_field=text_field, following=Place(number, count))
     if small:
-        yield Block("texts", tuple(small), small_bytes)
+        yield Block(text_field, Place(len(files)), small_bytes, texts=tuple(small))
 
 
-def _text_pieces(path: Path) -> Iterator[Block]:
-    """Pieces of a large text, cut before a blank that follows a non-blank.
+def _blocks_of(path: Path, size: int, text_field: str) -> Iterator[Block]:
+    """The blocks of one file; what stops its reading half-way is a flaw in the last of them."""
+    name = path.name.lower()
+    anything = False
+    flaw = Flaw("empty file", Problem(str(path), "is empty"))
+    try:
+        if name.endswith(".parquet"):
+            found = _row_blocks(path, size, text_field)
+        else:
+            found = _text_blocks(path, size) if name.endswith(".txt") else _line_blocks(path)
+        for block in found:
+            anything = True
+            yield block
+    except DamagedFile as error:
+        flaw = Flaw("damaged file", Problem(str(path), f"cannot be unpacked ({error})", "fetch it again"))
+    except NoSuchColumn as error:
+        flaw = _no_field(str(path), text_field, dict.fromkeys(error.columns))
+    except OSError as error:
+        flaw = Flaw("unreadable file", Problem(str(path), f"cannot be read ({error.strerror or error})", _SKIP))
+    else:
+        if anything:
+            return
+    yield Block(ready=(flaw,))
 
-    There a byte-level BPE with GPT-2's pattern begins a new word anyway, so the pieces' ids are the whole's.
-    """
-    rest, starts, offset = b"", True, 0
-    with path.open("rb") as file:
-        while fresh := file.read(_PIECE_BYTES):
-            rest += fresh
-            cuts = [match.start() for match in _SPLIT_HERE.finditer(rest, max(0, len(rest) - 65536))]
-            cut = cuts[-1] if cuts else _character_boundary(rest)
-            if len(rest) >= _PIECE_BYTES:
-                yield Block("piece", (str(path),), cut, rest[:cut], offset, starts=starts, ends=False)
-                rest, starts, offset = rest[cut:], False, offset + cut
-    yield Block("piece", (str(path),), len(rest), rest, offset, starts=starts, ends=True)
 
-
-def _character_boundary(data: bytes) -> int:
-    """The end of the last whole UTF-8 character."""
-    for back in range(1, min(4, len(data)) + 1):
-        if data[-back] & 0xC0 != 0x80:
-            return len(data) - back
-    return len(data)
+def _text_blocks(path: Path, size: int) -> Iterator[Block]:
+    # Looked through first, so that a document is left out wholly or not at all.
+    error = utf8_error(path)
+    if error is not None:
+        yield Block(disk_bytes=size, ready=(_not_utf8(f"{path}:{error.line}", error.byte),))
+        return
+    line, starts, before = 1, True, 0
+    for text, ends, position in pieces_of_file(path):
+        yield Block(disk_bytes=position - before, ready=(Document(str(path), line, text, starts, ends),))
+        line, starts, before = line + text.count("\n"), False, position
 
 
 def _line_blocks(path: Path) -> Iterator[Block]:
-    """Whole lines of a JSONL file, unpacked, about a megabyte at a time."""
-    with _unpacking(path), path.open("rb") as disk:
-        stream, line, position = _unpacked(path, disk), 1, 0
-        while lines := stream.readlines(_BLOCK_BYTES):
-            now = min(disk.tell(), path.stat().st_size)
-            yield Block("lines", (str(path),), now - position, b"".join(lines), line)
-            line, position = line + len(lines), now
+    line, before = 1, 0
+    for data, position in unpacking.lines(path):
+        if isinstance(data, LineTooLong):
+            problem = Problem(f"{path}:{line}", f"is a line of more than {data.limit >> 20} MiB", _SKIP)
+            yield Block(disk_bytes=position - before, ready=(Flaw("line too long", problem),))
+            line, before = line + 1, position
+        else:
+            yield Block(disk_bytes=position - before, file=str(path), first=line, lines=data)
+            line, before = line + data.count(b"\n"), position
 
 
-def _unpacked(path: Path, disk: BinaryIO) -> Any:
-    if path.name.endswith(".gz"):
-        return gzip.GzipFile(fileobj=disk)
-    if path.name.endswith(".zst"):
-        zstandard = _optional("zstandard", path)
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(disk, read_across_frames=True), 2**20)
-    return disk
-
-
-class _unpacking:
-    """Turns what a damaged archive raises into a UserError that names it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        unpacking_failed = isinstance(error, (OSError, EOFError, zlib.error)) or "Zstd" in type(error).__name__
-        if error is not None and unpacking_failed:
-            rule = f"cannot be unpacked ({error})" if self.path.suffix in (".gz", ".zst") else f"cannot be read ({error})"
-            raise UserError(Problem(str(self.path), rule, "the file is damaged or cut off: fetch it again")) from None
-
-
-def _row_groups(path: Path) -> Iterator[Block]:
-    with _parquet(path) as file:
-        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+def _row_blocks(path: Path, size: int, text_field: str) -> Iterator[Block]:
     first = 1
-    for group, rows in enumerate(sizes):
-        yield Block("rows", (str(path),), path.stat().st_size // len(sizes), first=first, group=group)
-        first += rows
-
-
-def _parquet(path: Path) -> Any:
-    parquet = _optional("pyarrow", path, "pyarrow.parquet")
-    try:
-        return parquet.ParquetFile(path)
-    except Exception as error:  # pyarrow has its own family of errors
-        raise UserError(Problem(str(path), f"is not a parquet file ({str(error)[:100]})", "fetch it again")) from None
-
-
-def _optional(package: str, path: Path, module: str | None = None) -> Any:
-    import importlib
-
-    try:
-        return importlib.import_module(module or package)
-    except ImportError:
-        raise UserError(Problem(str(path), f"needs the package {package}", f"pip install {package}")) from None
+    for rows, total in unpacking.parquet_rows(path, text_field):
+        yield Block(disk_bytes=size * len(rows) // total, file=str(path), first=first, rows=rows)
+        first += len(rows)
 
 
 # ------------------------------------------------------------ blocks to documents
 
 
-def _read_texts(block: Block, _field: str, found: Read) -> None:
-    for name in block.paths:
-        try:
-            _add(found, Path(name).read_bytes(), name)
-        except OSError as error:
-            found.problems.append(Problem(name, f"cannot be read ({error.strerror})", "check its permissions"))
-
-
-def _read_piece(block: Block, _field: str, found: Read) -> None:
-    text = _decode(block.data, block.paths[0], found, block.first)
-    if text is not None:
-        found.documents.append(Document(text, block.paths[0], block.starts, block.ends))
-
-
-def _read_lines(block: Block, text_field: str, found: Read) -> None:
-    for number, line in enumerate(block.data.split(b"\n"), block.first):
-        where = f"{block.paths[0]}:{number}"
-        text = _decode(line, where, found)
-        if text is None or not text.strip():
-            continue
-        try:
-            record = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            found.problems.append(Problem(where, f"is not JSON ({error})", _SKIP))
-            continue
-        value = record.get(text_field) if isinstance(record, dict) else None
-        _add_value(found, value, where, text_field, record.keys() if isinstance(record, dict) else ())
-
-
-def _read_rows(block: Block, text_field: str, found: Read) -> None:
-    path = block.paths[0]
-    group = block.group
+def _read_text(file: str) -> Document | Flaw:
     try:
-        with _parquet(Path(path)) as file:
-            columns = file.schema_arrow.names
-            if text_field not in columns:
-                found.problems.append(_no_field(path, text_field, columns))
-                return
-            values = file.read_row_group(group, columns=[text_field]).column(0).to_pylist()
-    except UserError as error:
-        found.problems += error.problems
-    except Exception as error:  # a damaged page raises one of pyarrow's own errors
-        rule = f"row group {group} cannot be read ({str(error)[:100]})"
-        found.problems.append(Problem(path, rule, "the file is damaged: fetch it again"))
-    else:
-        for number, value in enumerate(values, block.first):
-            _add_value(found, value, f"{path}: row {number}", text_field, columns)
-
-
-_READERS: dict[str, Callable[[Block, str, Read], None]] = {
-    "texts": _read_texts, "piece": _read_piece, "lines": _read_lines, "rows": _read_rows,
-}
-_SKIP = "mend it, or use --on_error skip"
-
-
-def _add(found: Read, data: bytes, where: str) -> None:
-    text = _decode(data, where, found)
-    if text:
-        found.documents.append(Document(text, where))
-    elif text is not None:
-        found.empty += 1
-
-
-def _add_value(found: Read, value: Any, where: str, text_field: str, names: Any) -> None:
-    if isinstance(value, str):
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:  # JSON can spell half a surrogate pair, which is no character
-            found.problems.append(Problem(where, "holds a lone surrogate, which UTF-8 cannot", _SKIP))
-            return
-        if value:
-            found.documents.append(Document(value, where))
-        else:
-            found.empty += 1
-    elif value is None:
-        found.problems.append(_no_field(where, text_field, names))
-    else:
-        found.problems.append(Problem(where, f"{text_field!r} is no text but {type(value).__name__}", _SKIP))
-
-
-def _no_field(where: str, text_field: str, names: Any) -> Problem:
-    listing = ", ".join(map(str, names)) or "none"
-    return Problem(where, f"has no text in {text_field!r}", f"fields there: {listing[:200]}; use --text_field NAME")
-
-
-def _decode(data: bytes, where: str, found: Read, offset: int = 0) -> str | None:
+        data = Path(file).read_bytes()
+    except OSError as error:
+        return Flaw("unreadable file", Problem(file, f"cannot be read ({error.strerror or error})", _SKIP))
     try:
-        return data.decode("utf-8")
+        text = data.removeprefix(_BYTE_ORDER_MARK).decode("utf-8")
     except UnicodeDecodeError as error:
-        line = "" if ":" in Path(where).name else f":{data.count(10, 0, error.start) + 1}"
-        rule = f"is not UTF-8 (byte {offset + error.start}: 0x{data[error.start]:02x})"
-        found.problems.append(Problem(where + line, rule, "convert it to UTF-8, or use --on_error skip"))
-        return None
+        line = data.count(b"\n", 0, error.start) + 1
+        return _not_utf8(f"{file}:{line}", error.object[error.start])
+    return Document(file, 1, text) if text else _empty(file)
+
+
+def _read_line(line: bytes, file: str, number: int, text_field: str) -> Iterator[Document | Flaw]:
+    where = f"{file}:{number}"
+    if not line or line.isspace():
+        return
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        yield _not_utf8(where, error.object[error.start])
+    except (ValueError, RecursionError) as error:
+        yield Flaw("bad JSON", Problem(where, f"is not JSON ({error})", _SKIP))
+    else:
+        if isinstance(record, dict) and text_field in record:
+            yield from _checked(record[text_field], file, number, where, text_field)
+        else:
+            yield _no_field(where, text_field, record)
+
+
+def _checked(value: Any, file: str, number: int, where: str, text_field: str) -> Iterator[Document | Flaw]:
+    if value is None:
+        yield Flaw("no text", Problem(where, f"has no text: {text_field!r} is null", _SKIP))
+    elif not isinstance(value, str):
+        kind = type(value).__name__
+        yield Flaw("no text", Problem(where, f"{text_field!r} is of type {kind}, not text", _SKIP))
+    elif not value:
+        yield _empty(where)
+    elif not value.isascii() and _has_half_a_pair(value):
+        yield Flaw("not UTF-8", Problem(where, f"{text_field!r} holds half a surrogate pair: no character", _SKIP))
+    else:
+        starts = True
+        for text, ends in pieces_of_text(value):
+            yield Document(file, number, text, starts, ends)
+            starts = False
+
+
+def _has_half_a_pair(text: str) -> bool:
+    """JSON can spell half a surrogate pair (`\\ud800`), which no UTF-8 can hold."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _no_field(where: str, text_field: str, record: Any) -> Flaw:
+    if not isinstance(record, dict):
+        return Flaw("no text", Problem(where, f"is not an object with a field {text_field!r}", _SKIP))
+    remedy = f"name it with --text_field: {did_you_mean(text_field, record)}" if record else _SKIP
+    return Flaw("no text", Problem(where, f"has no field {text_field!r}", remedy))
+
+
+def _not_utf8(where: str, byte: int) -> Flaw:
+    return Flaw("not UTF-8", Problem(where, f"is not UTF-8 (byte 0x{byte:02x})", f"convert it to UTF-8; {_SKIP}"))
+
+
+def _empty(where: str) -> Flaw:
+    return Flaw("empty document", Problem(where, "is empty"))
+
+
+def _is_known(path: Path) -> bool:
+    return path.name.lower().endswith(SUFFIXES)
+
+
+def _walk(folder: Path, problems: list[Problem]) -> Iterator[Path]:
+    """The visible files under a folder, sorted by their parts. Links to folders are followed, each folder once."""
+    found: list[Path] = []
+    seen: set[str] = set()
+
+    def refuse(error: OSError) -> None:
+        problems.append(Problem(str(error.filename), f"cannot be listed ({error.strerror})", "check its permissions"))
+
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(place, name) for name in names if not name.startswith(".")]
+    return iter(sorted(path for path in found if os.path.isfile(path)))

@@ -1,24 +1,20 @@
 """Raw text -> .npy token shards: in parallel, in bounded memory, restartable, the same for any number of workers.
 
-    blocks of input, in order -> workers: documents -> ids, <SOS> and <EOS> round each
-                              -> one writer, in order: shards, a journal line each, the manifest last
+    files -> blocks, in order -> worker processes: documents -> ids, <SOS> and <EOS> round each
+                              -> one writer, in order: shards, each noted in the journal; the manifest last
 
-A shard ends with the block that fills it, so a finished shard is a whole number of blocks, and a run that was
-killed goes on after the last one.
+Every shard but the last has exactly `shard_tokens` ids; a document may go on in the next one.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from collections import Counter, deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
-from itertools import takewhile
-from multiprocessing import get_context
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,28 +22,32 @@ import numpy as np
 from tqdm import tqdm
 
 from dsllama.data.bulk import BulkEncoder
-from dsllama.data.documents import Block, blocks, input_files
-from dsllama.data.manifest import MANIFEST_NAME, Manifest, Shard, token_dtype
+from dsllama.data.documents import Block, Place, blocks, input_files, no_documents
+from dsllama.data.manifest import Manifest, token_dtype
+from dsllama.data.shards import Journal, ShardWriter, locked
 from dsllama.data.tokenizer import Tokenizer
+from dsllama.data.unpacking import BLOCK_BYTES
+from dsllama.data.workers import WorkerDied, WorkerPool
 from dsllama.errors import Problem, UserError
 
-JOURNAL_NAME = "encode.journal"
 _TITLE = "cannot encode"
+_GOES_ON = "run the same command again: it goes on where it stopped"
+_MOST_PROBLEMS = 100
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """What a worker made of one block."""
+    """What a worker made of a block: the ids of its documents, and what gave none."""
 
     ids: np.ndarray
-    documents: int
-    skipped: dict[str, int]
+    skipped: Counter[str]
     problems: list[Problem]
+    following: Place
     disk_bytes: int
 
 
 def encode(
-    inputs: list[Path],
+    inputs: Sequence[str | Path],
     tokenizer_path: str | Path,
     out_dir: str | Path,
     workers: int | None = None,
@@ -59,219 +59,165 @@ def encode(
 ) -> Manifest:
     """Encode files and folders of raw text into `out_dir`; returns the manifest that it wrote there.
 
-    workers: processes, None for one per core. shard_tokens: a shard is closed when it holds so many or more.
-    on_error: "stop" raises at bad input, "skip" leaves it out and counts it. A finished data set of the same
-    input and settings is returned as it is; an interrupted one goes on. Raises UserError.
+    workers: processes, None for one per core; the result does not depend on it. shard_tokens: ids per shard.
+    on_error: "stop" raises at bad input, "skip" leaves it out and counts it by kind in the manifest.
+    overwrite: remove an earlier data set of ours from `out_dir` first. progress: a bar and notes on stderr.
+
+    A finished data set of the same input and settings is returned as it is; an interrupted one goes on where it
+    stopped. Raises UserError for bad input, a folder that holds something else, a full disk, a worker that died.
     """
     out_dir = Path(out_dir)
-    if shard_tokens < 1 or (workers is not None and workers < 1):
-        raise UserError(Problem("shard_tokens, workers", "must be at least 1", value=(shard_tokens, workers)), _TITLE)
+    workers = _cores() if workers is None else workers
+    _check(out_dir, workers, shard_tokens, on_error)
     files = input_files(inputs)
     tokenizer = Tokenizer.load(tokenizer_path)
-    settings = {
-        "input": [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files],
+    identity = {
+        "input": _stamps(files),
         "tokenizer": tokenizer.fingerprint,
-        "settings": {"shard_tokens": shard_tokens, "text_field": text_field, "on_error": on_error},
+        "shard_tokens": shard_tokens,
+        "text_field": text_field,
+        "on_error": on_error,
     }
-    journal = Journal.open(out_dir, settings, overwrite)
-    finished = Manifest.load(out_dir)
-    if finished is not None and len(finished.shards) == len(journal.entries):
-        return finished
-    count = workers or _cores()
-    # A spawned worker starts clean: forking a process that has threads can deadlock.
-    with ProcessPoolExecutor(count, get_context("spawn"), _start_worker, (str(tokenizer_path), text_field)) as pool:
-        try:
-            _write_shards(pool, 2 * count + 1, blocks(files), journal, tokenizer, shard_tokens, on_error,
-                          sum(f.stat().st_size for f in files), progress)
-        except BrokenProcessPool:
-            raise UserError(Problem("workers", "a worker process died (out of memory?)",
-                                    "run the same command again: it goes on; --workers 1 needs least"), _TITLE) from None
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-    shards = [Shard(**entry["shard"]) for entry in journal.entries]
-    skipped = Counter[str]()
-    for entry in journal.entries:
-        skipped.update(entry["skipped"])
-    if not shards:
-        journal.path.unlink()
-        raise UserError(Problem(", ".join(map(str, inputs)), "holds no text", "give files with text in them"), _TITLE)
-    manifest = Manifest(token_dtype(tokenizer.vocab_size), tokenizer.vocab_size, tokenizer.fingerprint, shards, dict(skipped))
-    manifest.save(out_dir)
-    return manifest
-
-
-class Journal:
-    """What is finished, a JSON line per shard; the first line says what input and settings it belongs to."""
-
-    def __init__(self, path: Path, entries: list[dict[str, Any]]) -> None:
-        self.path = path
-        self.entries = entries
-
-    @classmethod
-    def open(cls, out_dir: Path, settings: dict[str, Any], overwrite: bool) -> Journal:
-        """The journal of an earlier attempt, or a new one. UserError where `out_dir` holds something else."""
-        path = out_dir / JOURNAL_NAME
+    say = partial(print, file=sys.stderr) if progress else _silent
+    with _explained(out_dir):
         out_dir.mkdir(parents=True, exist_ok=True)
-        lines = _whole_lines(path)
-        if overwrite or not lines:
-            others = sorted(p.name for p in out_dir.glob("*.npy")) + [n for n in (MANIFEST_NAME,) if (out_dir / n).exists()]
-            if others and not overwrite:
-                raise UserError(Problem(str(out_dir), f"already holds {others[0]}", "use --overwrite or another --out"), _TITLE)
-            for name in others:
-                (out_dir / name).unlink()
-            path.write_text(json.dumps(settings) + "\n", encoding="utf-8")
-            return cls(path, [])
-        changed = [name for name in settings if lines[0].get(name) != settings[name]]
-        if changed:
-            rule = f"was begun with another {' and another '.join(changed)}"
-            raise UserError(Problem(str(out_dir), rule, "use --overwrite to begin anew, or another --out"), _TITLE)
-        entries = list(takewhile(lambda entry: (out_dir / entry["shard"]["file"]).exists(), lines[1:]))
-        # Written anew, without a line that a crash cut off and without what lies after a shard that is gone.
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in [lines[0], *entries]), encoding="utf-8")
-        temporary.replace(path)
-        return cls(path, entries)
-
-    def add(self, entry: dict[str, Any]) -> None:
-        """Note a finished shard, durably."""
-        self.entries.append(entry)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-    @property
-    def blocks_done(self) -> int:
-        return self.entries[-1]["blocks"] if self.entries else 0
-
-
-class ShardWriter:
-    """Streams ids into one `.npy` file; the length in its header is filled in at the end."""
-
-    def __init__(self, folder: Path, number: int, dtype: str) -> None:
-        self.final = folder / f"shard_{number:05d}.npy"
-        self._aside = folder / f".{self.final.name}.tmp"
-        self._dtype = np.dtype(dtype).newbyteorder("<")
-        self._file = self._aside.open("wb")
-        self._header_bytes = self._header(0)
-        self.tokens = self.documents = 0
-        self.skipped: Counter[str] = Counter()
-
-    def add(self, block: Encoded) -> None:
-        """Append what a worker made of a block."""
-        self._file.write(block.ids.astype(self._dtype, copy=False).tobytes())
-        self.tokens += len(block.ids)
-        self.documents += block.documents
-        self.skipped.update(block.skipped)
-
-    def publish(self, blocks_done: int) -> dict[str, Any]:
-        """Finish the file, give it its name, and return its journal entry."""
-        self._file.seek(0)
-        # NumPy leaves room for the length to grow, so the header keeps its size.
-        assert self._header(self.tokens) == self._header_bytes
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        digest = hashlib.sha256()
-        with self._aside.open("rb") as file:
-            while part := file.read(2**20):
-                digest.update(part)
-        self._aside.rename(self.final)
-        shard = Shard(self.final.name, self.tokens, self.documents, digest.hexdigest())
-        return {"shard": asdict(shard), "blocks": blocks_done, "skipped": dict(self.skipped)}
-
-    def discard(self) -> None:
-        """Forget an unfinished file."""
-        self._file.close()
-        self._aside.unlink(missing_ok=True)
-
-    def _header(self, tokens: int) -> int:
-        descr = np.lib.format.dtype_to_descr(self._dtype)
-        np.lib.format.write_array_header_1_0(self._file, {"descr": descr, "fortran_order": False, "shape": (tokens,)})
-        return self._file.tell()
+        with locked(out_dir):
+            journal = Journal.open(out_dir, identity, overwrite)
+            finished = Manifest.load(out_dir)
+            if finished is not None:
+                say(f"{out_dir}: already encoded")
+                return finished
+            if journal.shards:
+                say(f"{out_dir}: going on after {len(journal.shards)} finished shards")
+            slow_because = BulkEncoder(tokenizer).slow_because
+            if slow_because:
+                say(f"encoding at about a third of the speed: {slow_because}")
+            skipped = _write_shards(files, tokenizer, journal, workers, progress)
+            if not journal.shards:
+                raise no_documents(files, skipped)
+            if _stamps(files) != identity["input"]:
+                raise UserError(Problem("inputs", "changed while they were encoded", "use --overwrite"), _TITLE)
+            manifest = Manifest(
+                dtype=token_dtype(tokenizer.vocab_size),
+                vocab_size=tokenizer.vocab_size,
+                tokenizer=tokenizer.fingerprint,
+                shards=journal.shards,
+                skipped=dict(sorted(skipped.items())),
+            )
+            manifest.save(out_dir)
+            return manifest
 
 
 def _write_shards(
-    pool: ProcessPoolExecutor, in_flight: int, source: Iterator[Block], journal: Journal, tokenizer: Tokenizer,
-    shard_tokens: int, on_error: str, total_bytes: int, progress: bool,
-) -> None:
-    dtype = token_dtype(tokenizer.vocab_size)
-    folder = journal.path.parent
-    writer = ShardWriter(folder, len(journal.entries), dtype)
-    done = 0
-    with tqdm(total=total_bytes, unit="B", unit_scale=True, desc="encoding", disable=not progress or None) as bar:
-        while done < journal.blocks_done:  # cut again, as before, but not encoded again
-            bar.update(next(source).disk_bytes)
-            done += 1
-        try:
-            for encoded in _in_order(pool, in_flight, source):
-                done += 1
-                bar.update(encoded.disk_bytes)
-                if encoded.problems and on_error == "stop":
+    files: list[Path], tokenizer: Tokenizer, journal: Journal, workers: int, progress: bool
+) -> Counter[str]:
+    """Encode everything after the journal's place; returns what was skipped in the whole input, by kind."""
+    shard_tokens: int = journal.identity["shard_tokens"]
+    stop = journal.identity["on_error"] == "stop"
+    sizes = [path.stat().st_size for path in files]
+    # More workers than blocks would only have to be started.
+    workers = max(1, min(workers, -(-sum(sizes) // BLOCK_BYTES)))
+    place, used, skipped = journal.place, journal.used, Counter(journal.skipped)
+
+    def new_writer() -> ShardWriter:
+        dtype = token_dtype(tokenizer.vocab_size)
+        return ShardWriter(journal.folder, len(journal.shards), dtype, shard_tokens, tokenizer.sos_id)
+
+    def publish(following: Place, offset: int) -> None:
+        journal.shards.append(writer.publish())
+        journal.place, journal.used, journal.skipped = following, offset, dict(skipped)
+        journal.save()
+
+    journal.save()
+    writer = new_writer()
+    make = partial(BlockEncoder, tokenizer.backend.to_str())
+    bar = tqdm(total=sum(sizes), initial=sum(sizes[: place.file]), unit="B", unit_scale=True, desc="encoding",
+               disable=not progress or None)
+    try:
+        with bar, WorkerPool(workers, make) as pool:
+            for encoded in pool.in_order(blocks(files, journal.identity["text_field"], place)):
+                if encoded.problems and stop:
                     raise UserError(encoded.problems, _TITLE)
-                writer.add(encoded)
-                if writer.tokens >= shard_tokens:
-                    journal.add(writer.publish(done))
-                    writer = ShardWriter(folder, len(journal.entries), dtype)
-            if writer.tokens:
-                journal.add(writer.publish(done))
-        finally:
-            writer.discard()
+                if not used:
+                    skipped.update(encoded.skipped)
+                while used < len(encoded.ids):
+                    used += writer.add(encoded.ids[used:])
+                    if writer.full:
+                        at_end = used == len(encoded.ids)
+                        publish(*((encoded.following, 0) if at_end else (place, used)))
+                        writer = new_writer()
+                place, used = encoded.following, 0
+                bar.update(encoded.disk_bytes)
+            bar.update(bar.total - bar.n)
+        if writer.tokens:
+            publish(place, 0)
+    finally:
+        writer.discard()
+    return skipped
 
 
-def _in_order(pool: ProcessPoolExecutor, in_flight: int, source: Iterator[Block]) -> Iterator[Encoded]:
-    """Results in the order of the blocks, with at most `in_flight` of them in memory."""
-    waiting: deque[Future[Encoded]] = deque()
-    for block in source:
-        waiting.append(pool.submit(_encode_block, block))
-        if len(waiting) >= in_flight:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+class BlockEncoder:
+    """What a worker does: a block of input to ids."""
+
+    def __init__(self, tokenizer_json: str) -> None:
+        tokenizer = Tokenizer(tokenizer_json, Path())
+        self._encode = BulkEncoder(tokenizer)
+        self._dtype = np.dtype(token_dtype(tokenizer.vocab_size))
+        self._sos = np.array([tokenizer.sos_id], self._dtype)
+        self._eos = np.array([tokenizer.eos_id], self._dtype)
+
+    def __call__(self, block: Block) -> Encoded:
+        found = block.read()
+        parts: list[np.ndarray] = [np.empty(0, self._dtype)]
+        for document, ids in zip(found.documents, self._encode([d.text for d in found.documents]), strict=True):
+            if document.starts:
+                parts.append(self._sos)
+            parts.append(ids.astype(self._dtype))
+            if document.ends:
+                parts.append(self._eos)
+        problems = found.problems[:_MOST_PROBLEMS]
+        return Encoded(np.concatenate(parts), found.skipped, problems, block.following, block.disk_bytes)
 
 
-# ------------------------------------------------------------ in a worker
+@contextmanager
+def _explained(out_dir: Path) -> Iterator[None]:
+    """Say in a UserError what no check can foresee, and after Ctrl-C how to go on."""
+    try:
+        yield
+    except WorkerDied as error:
+        problem = Problem("workers", str(error), f"{_GOES_ON}; --workers 1 needs the least memory")
+        raise UserError(problem, _TITLE) from None
+    except OSError as error:
+        where = str(error.filename or out_dir)
+        raise UserError(Problem(where, f"cannot be read or written ({error.strerror})", _GOES_ON), _TITLE) from None
+    except KeyboardInterrupt:
+        print(f"stopped; {_GOES_ON}", file=sys.stderr)
+        raise
 
 
-_worker: dict[str, Any] = {}
+def _check(out_dir: Path, workers: int, shard_tokens: int, on_error: str) -> None:
+    problems = []
+    if workers < 1:
+        problems.append(Problem("workers", "must be at least 1", value=workers))
+    if shard_tokens < 1:
+        problems.append(Problem("shard_tokens", "must be at least 1", value=shard_tokens))
+    if on_error not in ("stop", "skip"):
+        problems.append(Problem("on_error", "must be 'stop' or 'skip'", value=on_error))
+    if out_dir.exists() and not out_dir.is_dir():
+        problems.append(Problem("--out", "is a file, not a folder", "give another name", str(out_dir)))
+    if problems:
+        raise UserError(problems, _TITLE)
 
 
-def _start_worker(tokenizer_path: str, text_field: str) -> None:
-    import signal
-
-    # Ctrl-C goes to the parent, which ends the pool; a worker's own traceback would only be noise.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["RAYON_NUM_THREADS"] = "1"  # the processes are the parallelism
-    tokenizer = Tokenizer.load(tokenizer_path)
-    _worker.update(tokenizer=tokenizer, encoder=BulkEncoder(tokenizer), text_field=text_field)
+def _stamps(files: list[Path]) -> list[list[Any]]:
+    """By which the same input is known again: path, size in bytes, time of the last change in nanoseconds."""
+    stats = [(path.resolve(), path.stat()) for path in files]
+    return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
 
 
-def _encode_block(block: Block) -> Encoded:
-    tokenizer: Tokenizer = _worker["tokenizer"]
-    found = block.read(_worker["text_field"])
-    dtype = token_dtype(tokenizer.vocab_size)
-    sos, eos = (np.array([number], dtype) for number in (tokenizer.sos_id, tokenizer.eos_id))
-    parts: list[np.ndarray] = []
-    for document, ids in zip(found.documents, _worker["encoder"]([d.text for d in found.documents]), strict=True):
-        parts += [*([sos] if document.starts else []), ids.astype(dtype), *([eos] if document.ends else [])]
-    ids = np.concatenate(parts) if parts else np.empty(0, dtype)
-    skipped = {kind: n for kind, n in (("empty", found.empty), ("bad", len(found.problems))) if n}
-    documents = sum(document.ends for document in found.documents)
-    return Encoded(ids, documents, skipped, found.problems, block.disk_bytes)
+def _silent(_text: str) -> None:
+    return None
 
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON lines of a journal; a last line that a crash cut off is left out."""
-    if not path.exists():
-        return []
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            break
-    return lines

@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,9 @@ from dsllama.errors import Problem, UserError
 
 IGNORE_INDEX = -100
 """Target of padding: torch's cross_entropy leaves it out by default."""
+
+Batch: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+"""x and y, both int64 and (B, T)."""
 
 _PREFETCHED_BATCHES = 4
 _PLANNED_SAMPLES = 4096  # permuting one index costs 75 us, permuting 4,096 together 0.1 us each
@@ -112,7 +115,7 @@ class DatasetLoader:
         """Micro-steps in which all ranks together pass over the part once; the last may not be full."""
         return -(-self.samples_per_epoch // self._batches.stride)
 
-    def get_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def get_batch(self) -> Batch:
         """The next batch: x and y, int64, each (B, T) and contiguous, on the device; y is x one token on.
 
         Where the epoch's last sample is short, x is padded with 0 and y with IGNORE_INDEX.
@@ -120,27 +123,27 @@ class DatasetLoader:
         """
         if self._prefetcher is None:
             self._prefetcher = _Prefetcher(self._batches, self.consumed_samples, self.device)
-        position, tokens = self._prefetcher.get()
+        position, batch = self._prefetcher.get()
         if position != self.consumed_samples:
-            # An interrupt (Ctrl-C) fell between the two: what was read ahead no longer fits the position.
+            # A state was loaded, or Ctrl-C came between taking a batch and counting it: what was read ahead is stale.
             self.close()
             return self.get_batch()
-        if isinstance(tokens, BaseException):
+        if isinstance(batch, BaseException):
             self.close()
-            raise tokens
+            raise batch
         self._announce_epoch()
         self.consumed_samples += self._batches.stride
-        return self._to_device(tokens)
+        return self._to_device(batch)
 
-    def validation_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def validation_batches(self) -> Iterator[Batch]:
         """One pass over the held-out part from its start, wherever get_batch is; for split="validation".
 
         Every rank yields len(self) batches, so that collective operations stay in step. Rows beyond the part's
         end have only ignored targets, perhaps a whole batch: sum the losses and divide by the number of targets.
         """
         assert self._identity["split"] == "validation", "validation_batches is for split='validation'"
-        for tokens in islice(self._batches.read_from(0, once=True), len(self)):
-            yield self._to_device(tokens)
+        for batch in islice(self._batches.read_from(0, once=True), len(self)):
+            yield self._to_device(batch)
 
     def state_dict(self) -> dict[str, Any]:
         """The position, and what it is a position in; plain values. Batches that were only read ahead do not count."""
@@ -163,7 +166,6 @@ class DatasetLoader:
         ]
         if problems:
             raise UserError(problems, _RESUME)
-        self.close()
         self.consumed_samples = int(state["consumed_samples"])
 
     def close(self) -> None:
@@ -178,10 +180,12 @@ class DatasetLoader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _to_device(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # One copy for both. The pinned source may be dropped at once: torch's allocator keeps it until it is read.
-        x, y = tokens.to(self.device, non_blocking=True)
-        return x, y
+    def _to_device(self, batch: Batch) -> Batch:
+        if self.device.type == "cpu":
+            return batch
+        # The pinned sources may be dropped at once: torch's allocator keeps their memory until it has been read.
+        x, y = batch
+        return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
 
     def _announce_epoch(self) -> None:
         """Say so, once, when the micro-step to be delivered holds the first sample of a pass after the first."""
@@ -220,8 +224,8 @@ class _Batches:
         self.samples = -(-(tokens - 1) // self._seq_len)
         self.stride = self._batch * ranks
 
-    def read_from(self, position: int, once: bool = False) -> Iterator[torch.Tensor]:
-        """The batches from a position on, without end, each int64 (2, B, T): x and y.
+    def read_from(self, position: int, once: bool = False) -> Iterator[Batch]:
+        """The batches from a position on, without end.
 
         once: after the last sample, rows without targets instead of another epoch.
         """
@@ -244,8 +248,8 @@ class _Batches:
                 samples[epochs == epoch] = permute(samples[epochs == epoch], self.samples, self._seed, epoch)
         return samples * self._seq_len
 
-    def _gather(self, offsets_B: npt.NDArray[np.int64]) -> torch.Tensor:
-        """The rows that begin at these tokens of the part, as x and y: int64 (2, B, T), in memory of its own."""
+    def _gather(self, offsets_B: npt.NDArray[np.int64]) -> Batch:
+        """The rows that begin at these tokens of the part, in memory of their own."""
         length = self._seq_len
         rows = self._one_slice(offsets_B) if self._is_one_slice(offsets_B) else self._row_by_row(offsets_B)
         outside = self._stream.outside_vocabulary(rows)
@@ -263,7 +267,7 @@ class _Batches:
             targets = self._tokens - 1 - int(offsets_B[row])
             x[row, targets:] = 0
             y[row, targets:] = IGNORE_INDEX
-        return tokens
+        return tokens[0], tokens[1]
 
     def _is_one_slice(self, offsets_B: npt.NDArray[np.int64]) -> bool:
         """Whether the rows follow each other in the stream and none is short."""

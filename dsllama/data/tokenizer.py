@@ -9,61 +9,71 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from dsllama.data.documents import input_files, read_documents
+from dsllama.data.documents import blocks, input_files, no_documents
 from dsllama.errors import Problem, UserError
 
 SPECIAL_TOKENS = ["<SOS>", "<EOS>", "<PAD>", "<UNK>", "<SOU>", "<EOU>", "<SOA>", "<EOA>", "<SOT>", "<EOT>"]
 _SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256
-# Merges of a few thousand tokens hardly change beyond this much text, and the trainer keeps all of it in memory.
-_SAMPLE_BYTES = 256 * 2**20
+# 8,192 merges hardly change beyond this much text, and the trainer holds every distinct word of it in memory.
+_SAMPLE_BYTES = 128 * 2**20
+# A run of so many letters, digits or signs is a blob, and the trainer's time grows with the square of its length:
+# 27 s for one of 200,000 letters, which teach it nothing.
+_BLOB_LETTERS = 2000
+_BLOB = re.compile("|".join(f"{run}{{{_BLOB_LETTERS},}}" for run in (r"[^\W\d_]", r"\d", r"[^\w\s]", "_")))
+_REMEDY = "train one with `dsllama tokenizer TEXT --out FILE`"
 
 
 class Tokenizer:
-    """Text to token ids and back, from a tokenizer's JSON file."""
+    """Text to token ids and back. vocab_size: number of ids; fingerprint: identity of the file's content."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, path: Path) -> None:
+    def __init__(self, content: str, path: Path) -> None:
+        backend = tokenizers.Tokenizer.from_str(content)
         # A literal "<EOS>" in raw text is text, never the special id.
         backend.encode_special_tokens = True
+        backend.no_truncation()
+        backend.no_padding()
         self.backend = backend
         self.path = path
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
-        self.fingerprint = "sha256:" + hashlib.sha256(_canonical(backend).encode()).hexdigest()
-        sos, eos = self.token_to_id("<SOS>"), self.token_to_id("<EOS>")
-        assert sos is not None and eos is not None
-        self.sos_id: int = sos
-        self.eos_id: int = eos
+        canonical = json.dumps(json.loads(content), sort_keys=True)
+        self.fingerprint = "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
+        added = backend.get_added_tokens_decoder().items()
+        special = {token.content: number for number, token in added if token.special}
+        self.sos_id: int = special["<SOS>"]
+        self.eos_id: int = special["<EOS>"]
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Open a tokenizer's JSON file. Raises UserError if it is none, or lacks <SOS> or <EOS>."""
+        """Open a tokenizer's JSON file. Raises UserError if it is none, is no BPE, or lacks <SOS> or <EOS>."""
         path = Path(path)
-        remedy = "train one with `dsllama tokenizer TEXT --out FILE`"
         try:
-            backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            tokenizer = cls(path.read_text(encoding="utf-8"), path)
         except FileNotFoundError:
-            raise UserError(Problem("tokenizer_path", "there is no such file", remedy, str(path))) from None
+            raise _refused(path, "there is no such file") from None
         except OSError as error:
-            raise UserError(Problem("tokenizer_path", f"cannot be read ({error.strerror})", remedy, str(path))) from None
+            raise _refused(path, f"cannot be read ({error.strerror})") from None
+        except KeyError as error:
+            raise _refused(path, f"lacks the special token {error.args[0]}") from None
         except Exception as error:  # the library raises a bare Exception for whatever it cannot parse
-            reason = str(error)[:150]
-            raise UserError(Problem("tokenizer_path", f"is not a tokenizer ({reason})", remedy, str(path))) from None
-        missing = [token for token in ("<SOS>", "<EOS>") if backend.token_to_id(token) is None]
-        if missing:
-            raise UserError(Problem("tokenizer_path", f"lacks the special tokens {', '.join(missing)}", remedy, str(path)))
-        return cls(backend, path)
+            raise _refused(path, f"is not a tokenizer ({str(error)[:150]})") from None
+        if not isinstance(tokenizer.backend.model, models.BPE):
+            raise _refused(path, f"is a {type(tokenizer.backend.model).__name__} tokenizer, not BPE")
+        return tokenizer
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text; nothing is added to it."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; special tokens are left out."""
         return self.backend.decode(list(ids), skip_special_tokens=True)
 
@@ -73,51 +83,95 @@ class Tokenizer:
 
 
 def train_tokenizer(
-    inputs: list[Path],
+    inputs: Sequence[str | Path],
     out: str | Path,
     vocab_size: int = 8192,
     text_field: str = "text",
     max_bytes: int = _SAMPLE_BYTES,
+    on_error: str = "stop",
     overwrite: bool = False,
 ) -> Tokenizer:
     """Train a byte-level BPE on raw text and save it to `out`, one JSON file that transformers opens as well.
 
-    Of more than about `max_bytes` of text an evenly spread sample is used. A small text may give fewer merges
-    than asked for: the result's vocab_size says. Raises UserError for bad input and for an `out` that exists.
+    Of more than `max_bytes` of text, a sample of about that much is used, spread evenly over the whole input.
+    A small text may give fewer merges than asked for: the result's vocab_size says. on_error: "stop" or "skip", as
+    in `read_documents`. Raises UserError for bad input and for an `out` that exists.
     """
     out = Path(out)
     problems = []
     if vocab_size < _SMALLEST_VOCABULARY:
         rule = f"must be at least {_SMALLEST_VOCABULARY}: 256 bytes and {len(SPECIAL_TOKENS)} special tokens"
         problems.append(Problem("vocab_size", rule, value=vocab_size))
-    if out.exists() and not overwrite:
+    if max_bytes < 1:
+        problems.append(Problem("max_bytes", "must be at least 1", value=max_bytes))
+    if on_error not in ("stop", "skip"):
+        problems.append(Problem("on_error", "must be 'stop' or 'skip'", value=on_error))
+    if out.is_dir():
+        problems.append(Problem("--out", "is a folder", f"name a file, such as {out / 'tokenizer.json'}", str(out)))
+    elif out.exists() and not overwrite:
         problems.append(Problem("--out", "exists already", "use --overwrite to replace it, or another name", str(out)))
     if problems:
         raise UserError(problems, "cannot train a tokenizer")
     files = input_files(inputs)
-    backend = tokenizers.Tokenizer(models.BPE(unk_token=None))
+    backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
+        # What occurs once is no pattern, and would fill a small text's vocabulary with its longest words.
+        min_frequency=2,
         special_tokens=SPECIAL_TOKENS,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    keep_every = max(1, -(-sum(file.stat().st_size for file in files) // max_bytes))
-    backend.train_from_iterator(_sample(files, text_field, keep_every), trainer)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".tmp")
-    temporary.write_text(backend.to_str(pretty=True), encoding="utf-8")
-    temporary.replace(out)
-    return Tokenizer(backend, out)
+    backend.train_from_iterator(_sample(files, text_field, max_bytes, on_error), trainer)
+    content = backend.to_str(pretty=True)
+    _save(content, out)
+    return Tokenizer(content, out)
 
 
-def _sample(files: list[Path], text_field: str, keep_every: int) -> Iterator[str]:
-    for number, piece in enumerate(read_documents(files, text_field=text_field)):
-        if number % keep_every == 0:
-            yield piece.text
+def _sample(files: list[Path], text_field: str, max_bytes: int, on_error: str) -> Iterator[str]:
+    """Texts, about `max_bytes` of them at most: whole blocks, as evenly spread over the input as blocks can be.
+
+    What is taken keeps pace with what was passed, measured on the disk, so that compressed files need no guess.
+    """
+    disk_bytes = sum(path.stat().st_size for path in files)
+    passed = taken = 0
+    skipped: Counter[str] = Counter()
+    for block in blocks(files, text_field):
+        passed += block.disk_bytes
+        if taken * disk_bytes > passed * max_bytes:
+            continue
+        found = block.read()
+        if found.problems and on_error == "stop":
+            raise UserError(found.problems, "cannot train a tokenizer")
+        skipped.update(found.skipped)
+        for document in found.documents:
+            taken += len(document.text.encode())
+            yield _without_blobs(document.text)
+    if not taken:
+        raise no_documents(files, skipped)
 
 
-def _canonical(backend: Any) -> str:
-    return json.dumps(json.loads(backend.to_str()), sort_keys=True)
+def _without_blobs(text: str) -> str:
+    # The plain look first: it is ten times as fast as the pattern, and nearly always enough.
+    return _BLOB.sub(" ", text) if max(map(len, text.split()), default=0) >= _BLOB_LETTERS else text
+
+
+def _save(content: str, out: Path) -> None:
+    """Write the file in one step: a reader sees the old one or the new one, never half of it."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = out.with_name(out.name + ".tmp")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(out)
+    except OSError as error:
+        problem = Problem("--out", f"cannot be written ({error.strerror})", "name another place", str(out))
+        raise UserError(problem, "cannot train a tokenizer") from None
+
+
+def _refused(path: Path, rule: str) -> UserError:
+    return UserError(Problem("tokenizer_path", rule, _REMEDY, str(path)))

@@ -3,8 +3,9 @@
     out/config.json generation_config.json model.safetensors tokenizer.json tokenizer_config.json
 
 Our parts carry the same names and the rotary pairs lie the same way, so the weights need a prefix and no
-permutation. The exported tokenizer puts <SOS> before a text by itself, as our own `generate` does: what
-`model.generate(**tokenizer(text))` continues there is what `generate(text)` continues here.
+permutation. The exported tokenizer gives our ids and puts <SOS> before a text by itself, as `generate` does:
+what `model.generate(**tokenizer(text))` continues there is what `generate(text)` continues here. A literal
+"<EOS>" in a text stays text there too; `tokenizer.split_special_tokens = False` turns it into the token.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dsllama.data.tokenizer import Tokenizer
-from dsllama.errors import Problem, UserError
+from dsllama.errors import Problem, UserError, did_you_mean
 from dsllama.model import ffn_hidden_size
 
+DTYPES = ("float32", "bfloat16", "float16")
 _HEAD = "lm_head.weight"
 _EMBEDDING = "embed_tokens.weight"
 # The hub's own tools split weights at about this size; loaders expect files that fit in memory one by one.
@@ -42,63 +44,96 @@ def from_huggingface(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def export_huggingface(
-    state: dict[str, Tensor], config: Any, tokenizer: Tokenizer, out: Path, dtype: str = "float32",
+    state: dict[str, Tensor],
+    config: Any,
+    tokenizer: Tokenizer,
+    out: str | Path,
+    dtype: str = "float32",
     overwrite: bool = False,
+    max_shard_bytes: int = _SHARD_BYTES,
 ) -> Path:
-    """Write a model and its tokenizer to the folder `out`; returns it.
+    """Write a model and its tokenizer to the folder `out`, wholly or not at all; returns it.
 
-    state: the whole model's weights. config: its TrainingConfig, with vocab_size set where the vocabulary is padded.
-    dtype: a torch floating type's name. Raises UserError where `out` exists and overwrite is not asked for.
+    state: the whole model's weights. config: its TrainingConfig. dtype: float32, bfloat16 or float16. overwrite:
+    replace an earlier export. max_shard_bytes: weights beyond it are split into several files with an index.
+    Raises UserError where `out` exists or cannot be written.
     """
-    if out.exists() and not overwrite:
-        raise UserError(Problem("--out", "exists already", "use --overwrite to replace it, or another name", str(out)),
-                        "cannot export")
+    out = Path(out)
+    problems = []
+    if dtype not in DTYPES:
+        problems.append(Problem("--dtype", f"must be one of {', '.join(DTYPES)}", did_you_mean(dtype, DTYPES), dtype))
+    problems += _check_target(out, overwrite)
+    if problems:
+        raise UserError(problems, "cannot export")
     aside = out.with_name(f".{out.name}.writing")
-    shutil.rmtree(aside, ignore_errors=True)
     try:
-        aside.mkdir(parents=True)
-        weights = {
-            # Clones: safetensors refuses tensors that share memory.
-            name: tensor.to(getattr(torch, dtype)).clone().contiguous()
-            for name, tensor in to_huggingface(state, config.tie_embeddings).items()
-        }
-        _write_weights(aside, weights)
-        _write_json(aside / "config.json", _model_config(config, tokenizer, dtype))
-        _write_json(aside / "generation_config.json", _special_ids(tokenizer) | {"do_sample": True})
-        _write_tokenizer(aside, tokenizer, config.max_seq_len)
-        if out.exists():
-            shutil.rmtree(out)
-        aside.rename(out)
-    except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise UserError(Problem("--out", f"cannot be written ({error.strerror})", "give another folder", str(out)),
+        aside.mkdir(parents=True)
+        _write_weights(aside, to_huggingface(state, config.tie_embeddings), getattr(torch, dtype), max_shard_bytes)
+        rows = state[_EMBEDDING].shape[0]
+        _write_json(aside / "config.json", _model_config(config, tokenizer, rows, dtype))
+        _write_json(aside / "generation_config.json", _generation_config(tokenizer, rows))
+        _write_tokenizer(aside, tokenizer, config.max_seq_len)
+        _publish(aside, out)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(Problem("--out", f"cannot be written ({reason})", "give another folder", str(out)),
                         "cannot export") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     return out
 
 
-def _write_weights(folder: Path, weights: dict[str, Tensor]) -> None:
-    groups: list[dict[str, Tensor]] = [{}]
+def _check_target(out: Path, overwrite: bool) -> list[Problem]:
+    if not out.exists():
+        return []
+    if not overwrite:
+        return [Problem("--out", "exists already", "use --overwrite to replace it, or another name", str(out))]
+    # Everything in the folder will go, so a slip such as `--out ~` must not be taken at its word.
+    if out.is_dir() and ((out / "config.json").exists() or not any(out.iterdir())):
+        return []
+    return [Problem("--out", "is not an exported model (it has no config.json), so it is not replaced",
+                    "use another name, or remove it yourself", str(out))]
+
+
+def _publish(aside: Path, out: Path) -> None:
+    """Rename the finished folder into place; an earlier one is removed only after that."""
+    old = out.with_name(f".{out.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
+    aside.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_weights(folder: Path, weights: dict[str, Tensor], dtype: torch.dtype, max_shard_bytes: int) -> None:
+    groups: list[list[str]] = [[]]
+    filled = 0
     for name, tensor in weights.items():
-        if groups[-1] and sum(t.nbytes for t in groups[-1].values()) + tensor.nbytes > _SHARD_BYTES:
-            groups.append({})
-        groups[-1][name] = tensor
-    if len(groups) == 1:
-        save_file(groups[0], folder / "model.safetensors", {"format": "pt"})
-        return
-    placed = {}
-    for number, group in enumerate(groups, 1):
-        file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        save_file(group, folder / file, {"format": "pt"})
-        placed |= dict.fromkeys(group, file)
-    total = sum(tensor.nbytes for tensor in weights.values())
-    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": placed})
+        size = tensor.numel() * dtype.itemsize
+        if groups[-1] and filled + size > max_shard_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    placed: dict[str, str] = {}
+    for number, names in enumerate(groups, 1):
+        file = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        # Converted one file at a time, so that no second copy of the whole model is needed. Cloned where nothing
+        # is converted, because safetensors refuses tensors that share memory.
+        save_file({name: weights[name].to(dtype, copy=True).contiguous() for name in names}, folder / file,
+                  {"format": "pt"})
+        placed |= dict.fromkeys(names, file)
+    if len(groups) > 1:
+        total = sum(tensor.numel() for tensor in weights.values()) * dtype.itemsize
+        _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": placed})
 
 
-def _model_config(config: Any, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
+def _model_config(config: Any, tokenizer: Tokenizer, rows: int, dtype: str) -> dict[str, Any]:
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": config.vocab_size or tokenizer.vocab_size,
+        "vocab_size": rows,
         "hidden_size": config.n_embd,
         "intermediate_size": ffn_hidden_size(config.n_embd, config.multiple_of),
         "num_hidden_layers": config.n_layers,
@@ -119,6 +154,13 @@ def _model_config(config: Any, tokenizer: Tokenizer, dtype: str) -> dict[str, An
     }
 
 
+def _generation_config(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
+    """The same defaults as our `generate`; transformers would otherwise draw from the 50 likeliest tokens only."""
+    sampling = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
+    padding = list(range(tokenizer.vocab_size, rows))  # rows of a padded vocabulary, which stand for no token
+    return _special_ids(tokenizer) | sampling | ({"suppress_tokens": padding} if padding else {})
+
+
 def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:
     pad = tokenizer.token_to_id("<PAD>")
     ids = {"bos_token_id": tokenizer.sos_id, "eos_token_id": tokenizer.eos_id}
@@ -135,6 +177,8 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, max_seq_len: int) -> No
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_seq_len,
         "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,
+        "model_input_names": ["input_ids", "attention_mask"],  # Llama refuses the token_type_ids of the default
         **{role: token for role, token in roles.items() if tokenizer.token_to_id(token) is not None},
     })
 

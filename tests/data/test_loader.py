@@ -46,7 +46,9 @@ def rows_of(batch: tuple[torch.Tensor, torch.Tensor]) -> list[Row]:
     return [(tuple(x_T), tuple(y_T)) for x_T, y_T in zip(x.tolist(), y.tolist(), strict=True)]
 
 
-def micro_steps(count: int, ranks: int, batch: int, seq_len: int, folder: Path, consumed: int = 0, **options) -> list[Row]:
+def micro_steps(
+    count: int, ranks: int, batch: int, seq_len: int, folder: Path, consumed: int = 0, **options
+) -> list[Row]:
     """The rows that all ranks together get in so many micro-steps, in the order of their numbers."""
     rows = []
     loaders = [DatasetLoader(batch, seq_len, rank, ranks, folder, "cpu", **options) for rank in range(ranks)]
@@ -299,15 +301,17 @@ def test_the_held_out_part_is_evaluated_whole_and_never_trained_on(
     assert Counter(rows[: len(oracle)]) == Counter(oracle)
     assert not {token for x, y in rows for token in (*x, *y) if token} & set(validation)
 
+    expected = expected_rows(validation, seq_len)
     by_rank = []
     for rank in range(ranks):
         options = {"shuffle": True, "validation_tokens": held_out, "split": "validation"}
         loader = DatasetLoader(batch, seq_len, rank, ranks, folder, "cpu", **options)
-        by_rank.append([rows_of(batch) for batch in loader.validation_batches()])
-        assert [rows_of(batch) for batch in loader.validation_batches()] == by_rank[-1]
+        by_rank.append([rows_of(pair) for pair in loader.validation_batches()])
+        assert [rows_of(pair) for pair in loader.validation_batches()] == by_rank[-1]
         assert len(by_rank[-1]) == len(loader)
+        with loader:
+            assert rows_of(loader.get_batch())[0] == expected[rank * batch % len(expected)]
     rows = [row for step in zip(*by_rank, strict=True) for rank_rows in step for row in rank_rows]
-    expected = expected_rows(validation, seq_len)
     padding = ((0,) * seq_len, (IGNORE_INDEX,) * seq_len)
     assert rows[: len(expected)] == expected
     assert set(rows[len(expected) :]) <= {padding}
@@ -320,7 +324,8 @@ def test_all_wrong_arguments_come_in_one_error(tmp_path):
     write_shards(tmp_path, [50])
     with pytest.raises(UserError) as caught:
         DatasetLoader(0, 0, 3, 2, tmp_path, "abacus", split="test")  # type: ignore[arg-type]
-    assert [problem.where for problem in caught.value.problems] == ["batch", "seq_len", "process_rank", "split", "device"]
+    found = {problem.where for problem in caught.value.problems}
+    assert found == {"batch", "seq_len", "process_rank", "split", "device"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here the device exists")

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsllama.data.manifest import Manifest, Shard
+from dsllama.data.shards import JOURNAL_NAME
 from dsllama.data.stream import TokenStream
 from dsllama.errors import UserError
 
@@ -30,7 +31,8 @@ def write_manifest(folder: Path, vocab_size: int = 50_000, **changes) -> Manifes
     for path in sorted(folder.glob("*.npy")):
         checksum = hashlib.sha256(path.read_bytes()).hexdigest()
         shards.append(Shard(path.name, len(np.load(path)), 1, checksum))
-    manifest = Manifest(**{"dtype": "uint16", "vocab_size": vocab_size, "tokenizer": "sha256:0", "shards": shards, **changes})
+    content = {"dtype": "uint16", "vocab_size": vocab_size, "tokenizer": "sha256:0", "shards": shards, **changes}
+    manifest = Manifest(**content)
     manifest.save(folder)
     return manifest
 
@@ -300,6 +302,14 @@ def test_a_manifest_without_shards_is_refused(tmp_path):
     write_shards(tmp_path, [5])
     write_manifest(tmp_path, shards=[])
     assert "lists no shards" in problems_of(tmp_path)[0]
+
+
+def test_a_half_encoded_folder_is_refused_and_a_finished_one_is_not(tmp_path):
+    write_shards(tmp_path, [10, 20])
+    (tmp_path / JOURNAL_NAME).write_text("")
+    assert "not encoded to its end" in problems_of(tmp_path)[0]
+    write_manifest(tmp_path)
+    assert TokenStream(tmp_path).tokens == 30
 
 
 def test_a_shard_that_goes_while_the_stream_is_open_is_named(tmp_path):

@@ -1,0 +1,99 @@
+"""Large texts in pieces that encode to the same ids as the whole.
+
+A byte-level BPE first splits a text into words, by GPT-2's pattern, and in it a blank that follows a non-blank
+always begins a new word, whatever comes before or after. A text that is cut there loses nothing.
+"""
+
+from __future__ import annotations
+
+import codecs
+import io
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+PIECE_CHARACTERS = 2**20
+# A run without a blank of more than this is cut all the same: its ids may differ at the cut, its text does not.
+_LONGEST_PIECE = 16 * 2**20
+_WORD_BEGINS = re.compile("(?<=\\S)[ \t\r\n\u00a0\u3000]")
+_CHUNK_BYTES = 2**20
+
+
+class Utf8Error(NamedTuple):
+    """Where a file stops being UTF-8: the line, from 1, and the offending byte."""
+
+    line: int
+    byte: int
+
+
+def pieces_of_text(text: str) -> Iterator[tuple[str, bool]]:
+    """(piece, whether it is the last) of a text in memory; a text of up to PIECE_CHARACTERS is one piece."""
+    if len(text) <= PIECE_CHARACTERS:
+        yield text, True
+        return
+    position = 0
+
+    def read(characters: int) -> str:
+        nonlocal position
+        position += characters
+        return text[position - characters : position]
+
+    yield from _pieces(read)
+
+
+def pieces_of_file(path: Path) -> Iterator[tuple[str, bool, int]]:
+    """(piece, whether it is the last, bytes of the file read so far) of a UTF-8 file; line ends are kept as they are.
+
+    A byte order mark at the beginning is left out. Raises OSError.
+    """
+    with path.open("rb") as disk:
+        for text, last in _pieces(io.TextIOWrapper(disk, encoding="utf-8-sig", newline="").read):
+            yield text, last, disk.tell()
+
+
+def utf8_error(path: Path) -> Utf8Error | None:
+    """The first thing in a file that is not UTF-8, or None. Reads it in chunks. Raises OSError."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    line = 1
+    with path.open("rb") as file:
+        while True:
+            chunk = file.read(_CHUNK_BYTES)
+            try:
+                text = decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as error:
+                return Utf8Error(line + error.object.count(b"\n", 0, error.start), error.object[error.start])
+            if not chunk:
+                return None
+            line += text.count("\n")
+
+
+def _pieces(read: Callable[[int], str]) -> Iterator[tuple[str, bool]]:
+    """Cut what `read(characters)` gives; it must give less than asked for only at the end.
+
+    Where the cuts fall depends on the text alone.
+    """
+    rest = ""
+    while True:
+        text = rest
+        cut = None
+        while cut is None and len(text) < _LONGEST_PIECE:
+            wanted = PIECE_CHARACTERS - len(text) % PIECE_CHARACTERS
+            fresh = read(wanted)
+            text += fresh
+            if len(fresh) < wanted:
+                yield text, True
+                return
+            cut = _last_word_begin(text, len(text) - len(fresh))
+        cut = len(text) if cut is None else cut
+        yield text[:cut], False
+        rest = text[cut:]
+
+
+def _last_word_begin(text: str, start: int) -> int | None:
+    """The last place after `start` to cut at; nearly always the end of the text is enough to look at."""
+    for begin in (max(start, len(text) - 4096), start):
+        found = [match.start() for match in _WORD_BEGINS.finditer(text, begin)]
+        if found:
+            return found[-1]
+    return None

@@ -1,0 +1,148 @@
+"""Files of lines and of rows, plain or compressed, a megabyte at a time.
+
+A compressed file that was cut off looks, to most readers, like one that simply ends: here it is an error.
+"""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+BLOCK_BYTES = 2**20
+_LONGEST_LINE = 64 * 2**20
+# zstd unpacks at most about 30,000 to 1: small steps keep even that within memory.
+_ZST_STEP = 2**13
+_MOST_ROWS = 4096
+
+
+class DamagedFile(Exception):
+    """A compressed or parquet file that cannot be unpacked to its end."""
+
+
+class NoSuchColumn(Exception):
+    """A parquet file without the column that was asked for; `columns` are those it has."""
+
+    def __init__(self, columns: list[str]) -> None:
+        super().__init__(columns)
+        self.columns = columns
+
+
+@dataclass(frozen=True)
+class LineTooLong:
+    """Stands for a line of more than `limit` bytes, which is passed over."""
+
+    limit: int
+
+
+def lines(path: Path) -> Iterator[tuple[bytes | LineTooLong, int]]:
+    """(whole lines, bytes of the file on disk read so far); only the last line of the file may lack its end.
+
+    Raises DamagedFile and OSError.
+    """
+    parts: list[bytes] = []
+    held = 0
+    with path.open("rb") as disk:
+        for chunk in _chunks(path, disk):
+            cut = chunk.rfind(b"\n") + 1
+            if cut and held <= _LONGEST_LINE:
+                yield b"".join([*parts, chunk[:cut]]), disk.tell()
+            elif cut:
+                end = chunk.find(b"\n") + 1
+                yield LineTooLong(_LONGEST_LINE), disk.tell()
+                if end < cut:
+                    yield chunk[end:cut], disk.tell()
+            if cut:
+                parts, held = [], 0
+            parts.append(chunk[cut:])
+            held += len(chunk) - cut
+            if held > _LONGEST_LINE:
+                parts.clear()
+        if held > _LONGEST_LINE:
+            yield LineTooLong(_LONGEST_LINE), disk.tell()
+        elif held:
+            yield b"".join(parts), disk.tell()
+
+
+def parquet_rows(path: Path, column: str) -> Iterator[tuple[list[Any], int]]:
+    """(some rows of one column, rows in the file). A value that is not UTF-8 comes as bytes.
+
+    Raises NoSuchColumn, DamagedFile and OSError.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        # Without these two, a whole row group is in memory at once, and many files have only one.
+        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=BLOCK_BYTES) as file:
+            if column not in file.schema_arrow.names:
+                raise NoSuchColumn(file.schema_arrow.names)
+            total = file.metadata.num_rows
+            size = sum(file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups))
+            rows = max(1, min(_MOST_ROWS, BLOCK_BYTES * total // max(1, size)))
+            for batch in file.iter_batches(batch_size=rows, columns=[column], use_threads=False):
+                yield _values(batch.column(0)), total
+    except pyarrow.ArrowException as error:
+        raise DamagedFile(str(error).splitlines()[0][:150]) from None
+
+
+def _values(column: Any) -> list[Any]:
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return [None if value is None else _text_or_bytes(value) for value in column.cast("binary").to_pylist()]
+
+
+def _text_or_bytes(value: bytes) -> str | bytes:
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError:
+        return value
+
+
+def _chunks(path: Path, disk: BinaryIO) -> Iterator[bytes]:
+    suffix = path.suffix.lower()
+    if suffix == ".zst":
+        yield from _unpacked_zst(disk)
+        return
+    stream: Any = gzip.GzipFile(fileobj=disk) if suffix == ".gz" else disk
+    try:
+        anything = False
+        while chunk := stream.read(BLOCK_BYTES):
+            anything = True
+            yield chunk
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DamagedFile(str(error)) from None
+    if suffix == ".gz" and not anything and not disk.tell():
+        raise DamagedFile("it has no bytes at all")
+
+
+def _unpacked_zst(disk: BinaryIO) -> Iterator[bytes]:
+    import zstandard
+
+    unpacker = zstandard.ZstdDecompressor(max_window_size=2**31)
+    frame = unpacker.decompressobj()
+    begun = False
+    parts: list[bytes] = []
+    held = 0
+    try:
+        while packed := disk.read(_ZST_STEP):
+            while packed:
+                begun = True
+                parts.append(frame.decompress(packed))
+                held += len(parts[-1])
+                packed = b""
+                if frame.eof:
+                    packed, frame, begun = frame.unused_data, unpacker.decompressobj(), False
+            if held >= BLOCK_BYTES:
+                yield b"".join(parts)
+                parts, held = [], 0
+    except zstandard.ZstdError as error:
+        raise DamagedFile(str(error)) from None
+    if parts:
+        yield b"".join(parts)
+    if begun or not disk.tell():
+        raise DamagedFile("it ends too early")
