@@ -71,6 +71,7 @@ class Scheduler:
         self.max_lr = max_lr
         self.min_lr = min_lr
         self._warned = False
+        self.current_step = 0
         self.step(1)
 
     def step(self, current_step: int | None = None) -> None:

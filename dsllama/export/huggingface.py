@@ -85,7 +85,7 @@ def _write_weights(folder: Path, weights: dict[str, Tensor]) -> None:
     if len(groups) == 1:
         save_file(groups[0], folder / "model.safetensors", {"format": "pt"})
         return
-    placed = {}
+    placed: dict[str, str] = {}
     for number, group in enumerate(groups, 1):
         file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         save_file(group, folder / file, {"format": "pt"})
