@@ -1,12 +1,14 @@
 """Install dsllama. PyTorch comes first, in the build that fits the machine: see the Makefile and the README."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 setup(
     name="dsllama",
     version="0.1.0",
     description="Pretrain Llama-style models with DeepSpeed: raw text in, a model the ecosystem loads out",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",

@@ -117,7 +117,7 @@ class TrainingConfig(BaseModel):
     token_ckpt: Positive = 1_000_000_000
     """Tokens between two checkpoints."""
     load_ckpt: bool | str = False
-    """Resume: false starts anew, true takes the newest whole checkpoint of ckpt_dir, `auto` does so if there is one, a path takes that one."""
+    """Resume: false starts anew, true takes ckpt_dir's newest whole checkpoint, `auto` if there is one, a path that one."""
     use_prev_scheduler: bool = True
     """At resume, go on with the checkpoint's schedule; false takes this configuration's."""
 

@@ -37,8 +37,8 @@ class Derived:
         """A table for people: what was derived and from what."""
         kv_heads = config.n_kv_heads or config.n_heads
         return [
-            f"model        {readable(self.parameters)} parameters ({readable(self.parameters_without_embedding)} without "
-            f"the input embedding): {config.n_layers} layers, width {config.n_embd}, {config.n_heads} heads of "
+            f"model        {readable(self.parameters)} parameters ({readable(self.parameters_without_embedding)} "
+            f"without the input embedding): {config.n_layers} layers, width {config.n_embd}, {config.n_heads} heads of "
             f"{self.head_size} ({kv_heads} key-value), SwiGLU {self.ffn_hidden}, vocabulary {self.vocab_size:,}",
             f"update       {config.tokens_per_update:,} tokens = {config.batch_size} sequences x {config.max_seq_len} "
             f"tokens x {self.world_size} ranks x {self.gradient_accumulation_steps} accumulation",

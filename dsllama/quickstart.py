@@ -176,8 +176,10 @@ def _summarize(folder: Path, config: TrainingConfig, config_file: Path, ranks: i
     vocabulary = newest.manifest["vocab_size"]
     train = f"deepspeed --num_gpus {ranks} launch/train.py --config {config_file}"
     _say(f"""
-loss         {first:.3f} at the start (ln {vocabulary} = {math.log(vocabulary):.3f}), {last:.3f} at the end (mean of the last {len(tail)} rows): {first - last:.3f} lower
-speed        {readable(rates[len(rates) // 2])} tokens per second (median), {config.precision} on {ranks} ranks, ZeRO-{config.zero_stage}
+loss         {first:.3f} at the start (ln {vocabulary} = {math.log(vocabulary):.3f}), {last:.3f} at the end (mean of the \
+last {len(tail)} rows): {first - last:.3f} lower
+speed        {readable(rates[len(rates) // 2])} tokens per second (median), {config.precision} on {ranks} ranks, \
+ZeRO-{config.zero_stage}
 time         {readable_duration(seconds)} for this command
 checkpoint   {newest.path}
 log          {config.log_file}   plot {Path(config.log_file).with_suffix('.png')}

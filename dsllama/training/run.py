@@ -9,19 +9,27 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import logging
 import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dsllama import arguments
 from dsllama.config import TrainingConfig
+from dsllama.data.loader import DatasetLoader
 from dsllama.data.manifest import Manifest
+from dsllama.data.tokenizer import Tokenizer
 from dsllama.errors import EXIT_USER_ERROR, Problem, UserError
 from dsllama.sizes import readable, readable_duration
 from dsllama.training.stopping import EXIT_STOPPED
+from dsllama.versions import versions
+
+if TYPE_CHECKING:  # importing it for real takes seconds, which a mistake should not cost
+    from dsllama.training.trainer import Job, Outcome
 
 EXIT_FAILED = 1
 # The launcher kills the other ranks as soon as one has left; the main rank needs this long to say why.
@@ -67,48 +75,48 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
-def prepare(config: TrainingConfig, rank: int, world_size: int):  # -> Job; the class lives behind a slow import
+def prepare(config: TrainingConfig, rank: int, world_size: int) -> Job:
     """Check everything that a run needs and open it. Raises one UserError with all that is wrong."""
-    from dsllama import deepspeed_config as ds
-    from dsllama import rules
-    from dsllama.data.loader import DatasetLoader
-    from dsllama.data.tokenizer import Tokenizer
+    from dsllama.deepspeed_config import deepspeed_config
     from dsllama.derived import DEFAULT_VOCABULARY, derive
     from dsllama.training import checkpoint as checkpoints
     from dsllama.training import engine
     from dsllama.training.trainer import Job, topology
 
-    problems: list[Problem] = rules.check_world_size(config, world_size)
-    tokenizer = loader = validation = derived = ds_json = resume_from = None
+    problems: list[Problem] = []
+    tokenizer = data = derived = ds_json = resume_from = None
     vocab_size = config.vocab_size or DEFAULT_VOCABULARY
     with _collecting(problems):
         tokenizer = Tokenizer.load(config.tokenizer_path)
         problems += _encoded_otherwise(config, tokenizer.fingerprint)
         vocab_size = vocabulary(config, tokenizer.vocab_size)
-    order = {
-        "batch": config.batch_size, "seq_len": config.max_seq_len, "process_rank": rank, "num_processes": world_size,
-        "dataset_dir": config.dataset_dir, "device": _device(), "seed": config.seed,
-        "validation_tokens": config.validation_tokens, "vocab_size": tokenizer.vocab_size if tokenizer else None,
-    }
     with _collecting(problems):
-        loader = DatasetLoader(**order, shuffle=config.shuffle, tokens_per_update=config.tokens_per_update)
-        if config.validation_tokens:
-            validation = DatasetLoader(**order, split="validation")
+        data = _open_data(config, rank, world_size, tokenizer.vocab_size if tokenizer else None)
     with _collecting(problems):
         Path(config.ckpt_dir).mkdir(parents=True, exist_ok=True)
         Path(config.log_file).parent.mkdir(parents=True, exist_ok=True)
     with _collecting(problems):
         resume_from = checkpoints.choose(config, warn=logging.getLogger("dsllama").warning)
-    if not rules.check_world_size(config, world_size):
+    with _collecting(problems):
         derived = derive(config, world_size, vocab_size)
-        with _collecting(problems):
-            ds_json = ds.deepspeed_config(config, derived, engine.accelerator())
+        ds_json = deepspeed_config(config, derived, engine.accelerator())
     if resume_from is not None and ds_json is not None:
         problems += checkpoints.misfits(resume_from, config, topology(config, ds_json, world_size), vocab_size)
     if problems:
         raise UserError(problems)
-    assert derived is not None and ds_json is not None and tokenizer is not None and loader is not None
-    return Job(config, derived, ds_json, tokenizer, loader, validation, resume_from)
+    assert derived is not None and ds_json is not None and tokenizer is not None and data is not None
+    return Job(config, derived, ds_json, tokenizer, *data, resume_from)
+
+
+def _open_data(
+    config: TrainingConfig, rank: int, world_size: int, vocab_size: int | None
+) -> tuple[DatasetLoader, DatasetLoader | None]:
+    """The loader of the training part, and of the held-out part where there is one."""
+    opened = functools.partial(
+        DatasetLoader, config.batch_size, config.max_seq_len, rank, world_size, config.dataset_dir, _device(),
+        seed=config.seed, validation_tokens=config.validation_tokens, vocab_size=vocab_size)
+    train = opened(shuffle=config.shuffle, tokens_per_update=config.tokens_per_update)
+    return train, opened(split="validation") if config.validation_tokens else None
 
 
 def _encoded_otherwise(config: TrainingConfig, fingerprint: str) -> list[Problem]:
@@ -162,9 +170,7 @@ def _complain(text: str, rank: int, code: int) -> int:
     return code
 
 
-def _announce(job) -> None:
-    from dsllama.versions import versions
-
+def _announce(job: Job) -> None:
     zero = job.topology
     offload = [f"{what} on {zero[key]}" for what, key in
                (("optimizer", "offload_optimizer"), ("parameters", "offload_params")) if zero[key] != "none"]
@@ -180,7 +186,7 @@ def _announce(job) -> None:
               "tokens", flush=True)
 
 
-def _summarize(job, outcome) -> None:
+def _summarize(job: Job, outcome: Outcome) -> None:
     config = job.config
     head = f"stopped by {outcome.stopped_by} after" if outcome.stopped_by else "finished:"
     print(f"{head} update {outcome.update} of {job.derived.updates}, {readable(outcome.tokens)} tokens, "

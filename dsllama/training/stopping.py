@@ -10,7 +10,7 @@ import signal
 import time
 from types import FrameType
 
-# What the run returns when it was stopped and has saved: "try again later" in sysexits.h; a scheduler can requeue on it.
+# What the run returns when it was stopped and has saved: "try again later" in sysexits.h, for a scheduler to requeue.
 EXIT_STOPPED = 75
 # Ctrl-C reaches a rank twice, from the terminal and from the launcher: a second wish counts only after this.
 _SECOND_WISH_SECONDS = 3.0

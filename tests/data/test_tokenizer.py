@@ -28,7 +28,7 @@ def tokenizer(folder):
 
 
 def test_special_tokens_have_the_first_ids_in_the_documented_order(tokenizer):
-    expected = "<SOS> <EOS> <PAD> <UNK> <SOU> <EOU> <SOA> <EOA> <SOT> <EOT>".split()
+    expected = ["<SOS>", "<EOS>", "<PAD>", "<UNK>", "<SOU>", "<EOU>", "<SOA>", "<EOA>", "<SOT>", "<EOT>"]
     assert expected == SPECIAL_TOKENS
     assert [tokenizer.token_to_id(token) for token in expected] == list(range(10))
     assert (tokenizer.sos_id, tokenizer.eos_id) == (0, 1)
@@ -124,7 +124,8 @@ def test_a_blob_without_blanks_does_not_stall_the_training(tmp_path):
 
     letters = "".join(random.Random(0).choices("ACGT", k=400_000))
     (tmp_path / "dna.txt").write_text(TEXT + letters + TEXT)
-    assert train_tokenizer([tmp_path / "dna.txt"], tmp_path / "t.json", vocab_size=2000).token_to_id("Ġtimes") is not None
+    tokenizer = train_tokenizer([tmp_path / "dna.txt"], tmp_path / "t.json", vocab_size=2000)
+    assert tokenizer.token_to_id("Ġtimes") is not None
 
 
 def _write(path: Path, content: str) -> Path:
