@@ -1,6 +1,6 @@
 """The command line of a TrainingConfig: one option for each field, its help from the field's docstring.
 
-    --config FILE  --max_lr 3e-4  --shuffle  --zero_stage=3   ->  TrainingConfig
+--config FILE  --max_lr 3e-4  --shuffle  --zero_stage=3   ->  TrainingConfig
 """
 
 from __future__ import annotations
@@ -31,10 +31,12 @@ class Parser(argparse.ArgumentParser):
         unknown = [word for word in rest if word.startswith("--")] or rest
         if unknown:
             names = [word.split("=")[0].lstrip("-") for word in unknown]
-            raise UserError([
-                Problem(word.split("=")[0], "there is no such option", did_you_mean(name, known))
-                for word, name in zip(unknown, names, strict=True)
-            ])
+            raise UserError(
+                [
+                    Problem(word.split("=")[0], "there is no such option", did_you_mean(name, known))
+                    for word, name in zip(unknown, names, strict=True)
+                ]
+            )
         return parsed
 
     def _option_names(self) -> list[str]:

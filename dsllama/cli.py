@@ -43,7 +43,9 @@ def _parser() -> Parser:
     sub = add("quickstart", _quickstart, "from the standard library's text to a trained small Llama, in minutes")
     sub.add_argument("--dir", type=Path, default=Path("runs/quickstart"), help="where everything goes")
     sub.add_argument("--fresh", action="store_true", help="start the training anew; the earlier run is moved aside")
-    sub.add_argument("--ranks", type=int, default=None, help="processes; default: GPUs, or 2 on a CPU with 2 cores or more")
+    sub.add_argument(
+        "--ranks", type=int, default=None, help="processes; default: GPUs, or 2 on a CPU with 2 cores or more"
+    )
     sub.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help="settings of the run, such as n_layers=6")
 
     sub = add("corpus", _corpus, "gather the text that every CPython has into one JSONL file")
@@ -89,7 +91,9 @@ def _parser() -> Parser:
     sub = add("export", _export, "write a checkpoint in the Hugging Face layout")
     sub.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint, or a folder of them (the newest)")
     sub.add_argument("--out", type=Path, required=True, help="folder to write")
-    sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="type of the weights")
+    sub.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="type of the weights"
+    )
     sub.add_argument("--overwrite", action="store_true", help="replace an existing folder")
     return parser
 
@@ -119,8 +123,13 @@ def _corpus(options: argparse.Namespace) -> int:
 def _tokenizer(options: argparse.Namespace) -> int:
     from dsllama.data.tokenizer import train_tokenizer
 
-    tokenizer = train_tokenizer(options.inputs, options.out, vocab_size=options.vocab_size,
-                                text_field=options.text_field, overwrite=options.overwrite)
+    tokenizer = train_tokenizer(
+        options.inputs,
+        options.out,
+        vocab_size=options.vocab_size,
+        text_field=options.text_field,
+        overwrite=options.overwrite,
+    )
     print(f"{options.out}: {tokenizer.vocab_size:,} tokens")
     if tokenizer.vocab_size < options.vocab_size:
         print(f"the text gave no more merges than that ({options.vocab_size:,} were asked for)")
@@ -130,12 +139,21 @@ def _tokenizer(options: argparse.Namespace) -> int:
 def _encode(options: argparse.Namespace) -> int:
     from dsllama.data.encode import encode
 
-    manifest = encode(options.inputs, options.tokenizer, options.out, workers=options.workers,
-                      shard_tokens=options.shard_tokens, text_field=options.text_field,
-                      on_error=options.on_error, overwrite=options.overwrite)
+    manifest = encode(
+        options.inputs,
+        options.tokenizer,
+        options.out,
+        workers=options.workers,
+        shard_tokens=options.shard_tokens,
+        text_field=options.text_field,
+        on_error=options.on_error,
+        overwrite=options.overwrite,
+    )
     skipped = "".join(f", {count:,} skipped ({kind})" for kind, count in manifest.skipped.items() if count)
-    print(f"{options.out}: {manifest.tokens:,} tokens of {manifest.documents:,} documents in "
-          f"{len(manifest.shards)} shards of {manifest.dtype}{skipped}")
+    print(
+        f"{options.out}: {manifest.tokens:,} tokens of {manifest.documents:,} documents in "
+        f"{len(manifest.shards)} shards of {manifest.dtype}{skipped}"
+    )
     return 0
 
 
@@ -178,8 +196,15 @@ def _generate(options: argparse.Namespace) -> int:
     from dsllama.inference import load_model
 
     model = load_model(options.checkpoint)
-    print(model.generate(options.prompt, max_new_tokens=options.max_new_tokens, temperature=options.temperature,
-                         top_p=options.top_p, seed=options.seed))
+    print(
+        model.generate(
+            options.prompt,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            seed=options.seed,
+        )
+    )
     return 0
 
 

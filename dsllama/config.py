@@ -117,7 +117,7 @@ class TrainingConfig(BaseModel):
     token_ckpt: Positive = 1_000_000_000
     """Tokens between two checkpoints."""
     load_ckpt: bool | str = False
-    """Resume: false starts anew, true takes ckpt_dir's newest whole checkpoint, `auto` if there is one, a path that one."""
+    """Resume: false starts anew; true takes ckpt_dir's newest whole checkpoint, auto does if there is one; or a path."""
     use_prev_scheduler: bool = True
     """At resume, go on with the checkpoint's schedule; false takes this configuration's."""
 
@@ -231,7 +231,9 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key_node, _ in node.value:
             if key_node.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"{key_node.value!r} is given twice", problem_mark=key_node.start_mark)
+                raise yaml.MarkedYAMLError(
+                    problem=f"{key_node.value!r} is given twice", problem_mark=key_node.start_mark
+                )
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 

@@ -225,8 +225,12 @@ def _stray_autos(complete: Json, overlay: Json, config: TrainingConfig) -> Itera
     known = dict(_leaves(complete))
     for path, value in _leaves(overlay):
         if value == "auto" and path not in known:
-            yield Problem(f"{config.deepspeed_overlay}: {'.'.join(path)}", "nothing derives this value",
-                          "write the value, or leave the key out", value)
+            yield Problem(
+                f"{config.deepspeed_overlay}: {'.'.join(path)}",
+                "nothing derives this value",
+                "write the value, or leave the key out",
+                value,
+            )
 
 
 _ORIGINS = {
@@ -274,14 +278,18 @@ def _known_keys() -> Json:
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    adamw = _plain("lr betas eps weight_decay torch_adam fused foreach adam_w_mode bias_correction fp32_optimizer_states")
+    adamw = _plain(
+        "lr betas eps weight_decay torch_adam fused foreach adam_w_mode bias_correction fp32_optimizer_states"
+    )
     schedule = _plain("schedule training_steps warmup_steps max_lr min_lr")
     return {
-        **_plain("train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping "
-                 "steps_per_print wall_clock_breakdown memory_breakdown dump_state prescale_gradients "
-                 "gradient_predivide_factor communication_data_type seq_parallel_communication_data_type "
-                 "disable_allgather zero_allow_untested_optimizer zero_force_ds_cpu_optimizer log_level "
-                 "disable_python_gc gradient_allreduce_op graph_harvesting"),
+        **_plain(
+            "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping "
+            "steps_per_print wall_clock_breakdown memory_breakdown dump_state prescale_gradients "
+            "gradient_predivide_factor communication_data_type seq_parallel_communication_data_type "
+            "disable_allgather zero_allow_untested_optimizer zero_force_ds_cpu_optimizer log_level "
+            "disable_python_gc gradient_allreduce_op graph_harvesting"
+        ),
         "optimizer": {"type": None, "params": adamw, "legacy_fusion": None},
         "scheduler": {"type": None, "params": schedule},
         "fp16": _fields_of(DeepSpeedFP16Config) | _plain("fp16_master_weights_and_grads"),
@@ -290,9 +298,12 @@ def _known_keys() -> Json:
         "zero_optimization": _fields_of(DeepSpeedZeroConfig),
         "activation_checkpointing": _plain(
             "partition_activations cpu_checkpointing contiguous_memory_optimization number_checkpoints "
-            "synchronize_checkpoint_boundary profile"),
+            "synchronize_checkpoint_boundary profile"
+        ),
         **{name: _fields_of(field.annotation) for name, field in DeepSpeedMonitorConfig.model_fields.items()},
-        "flops_profiler": _plain("enabled recompute_fwd_factor profile_step module_depth top_modules detailed output_file"),
+        "flops_profiler": _plain(
+            "enabled recompute_fwd_factor profile_step module_depth top_modules detailed output_file"
+        ),
         "comms_logger": _fields_of(CommsLoggerConfig),
         "aio": _plain("block_size queue_depth intra_op_parallelism single_submit overlap_events use_gds"),
         "torch_autocast": _plain("enabled dtype lower_precision_safe_modules"),
@@ -333,7 +344,9 @@ def _pass_deepspeeds_own_check(complete: Json, config: TrainingConfig, world_siz
     except Exception as error:  # DeepSpeed raises whatever comes: assertions, pydantic's errors, its own.
         reason = " ".join(str(error).split())[:400]
         where = config.deepspeed_overlay or "the derived DeepSpeed configuration"
-        raise UserError(Problem(where, f"DeepSpeed refuses it: {reason}", "see the DeepSpeed configuration reference"),
-                        "the DeepSpeed configuration is wrong") from None
+        raise UserError(
+            Problem(where, f"DeepSpeed refuses it: {reason}", "see the DeepSpeed configuration reference"),
+            "the DeepSpeed configuration is wrong",
+        ) from None
     finally:
         logger.setLevel(level)

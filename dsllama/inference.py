@@ -25,9 +25,7 @@ def load_model(checkpoint: str | Path, device: str | torch.device | None = None)
     return model.to(target, torch.bfloat16 if target.type == "cuda" else torch.float32).eval()
 
 
-def export_checkpoint(
-    checkpoint: str | Path, out: str | Path, dtype: str = "float32", overwrite: bool = False
-) -> Path:
+def export_checkpoint(checkpoint: str | Path, out: str | Path, dtype: str = "float32", overwrite: bool = False) -> Path:
     """Write a checkpoint in the Hugging Face layout (config, safetensors, tokenizer); returns the folder.
 
     Raises UserError where the checkpoint is damaged or `out` exists.
@@ -35,4 +33,6 @@ def export_checkpoint(
     source = open_checkpoint(checkpoint)
     config = source.config().replace(vocab_size=source.manifest["vocab_size"])
     tokenizer = Tokenizer.load(source.path / "tokenizer.json")
-    return export_huggingface(consolidated_weights(source), config, tokenizer, Path(out), dtype=dtype, overwrite=overwrite)
+    return export_huggingface(
+        consolidated_weights(source), config, tokenizer, Path(out), dtype=dtype, overwrite=overwrite
+    )

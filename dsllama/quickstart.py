@@ -115,9 +115,13 @@ def check_torch() -> None:
     if torch.version.cuda is None and shutil.which("nvidia-smi"):
         listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
         if listing.returncode == 0 and listing.stdout.strip():
-            raise UserError(Problem(
-                "torch", f"{torch.__version__} is a CPU build, but this machine has {listing.stdout.splitlines()[0]}",
-                "rm -rf .venv, then the same command with TORCH='torch==2.13.0' and an index that has CUDA builds"))
+            raise UserError(
+                Problem(
+                    "torch",
+                    f"{torch.__version__} is a CPU build, but this machine has {listing.stdout.splitlines()[0]}",
+                    "rm -rf .venv, then the same command with TORCH='torch==2.13.0' and an index that has CUDA builds",
+                )
+            )
 
 
 def _configuration(folder: Path, overrides: list[str]) -> TrainingConfig:
@@ -147,8 +151,10 @@ def _make_data(folder: Path, config: TrainingConfig) -> None:
         tokenizer = train_tokenizer([folder / "corpus"], tokenizer_path)
         _say(f"tokenizer    {tokenizer_path}: {tokenizer.vocab_size:,} tokens, byte-level BPE")
     manifest = encode([folder / "corpus"], tokenizer_path, Path(config.dataset_dir), shard_tokens=1_000_000)
-    _say(f"shards       {config.dataset_dir}: {manifest.tokens:,} tokens of {manifest.documents:,} documents in "
-         f"{len(manifest.shards)} shards")
+    _say(
+        f"shards       {config.dataset_dir}: {manifest.tokens:,} tokens of {manifest.documents:,} documents in "
+        f"{len(manifest.shards)} shards"
+    )
 
 
 def _set_aside(folder: Path) -> None:
@@ -176,21 +182,21 @@ def _summarize(folder: Path, config: TrainingConfig, config_file: Path, ranks: i
     vocabulary = newest.manifest["vocab_size"]
     train = f"deepspeed --num_gpus {ranks} launch/train.py --config {config_file}"
     _say(f"""
-loss         {first:.3f} at the start (ln {vocabulary} = {math.log(vocabulary):.3f}), {last:.3f} at the end (mean of the \
-last {len(tail)} rows): {first - last:.3f} lower
+loss         {first:.3f} at the start (ln {vocabulary} = {math.log(vocabulary):.3f}), {last:.3f} at the end (mean of \
+the last {len(tail)} rows): {first - last:.3f} lower
 speed        {readable(rates[len(rates) // 2])} tokens per second (median), {config.precision} on {ranks} ranks, \
 ZeRO-{config.zero_stage}
 time         {readable_duration(seconds)} for this command
 checkpoint   {newest.path}
-log          {config.log_file}   plot {Path(config.log_file).with_suffix('.png')}
-TensorBoard  {folder / 'tensorboard'}   samples {samples_file(Path(config.log_file))}
+log          {config.log_file}   plot {Path(config.log_file).with_suffix(".png")}
+TensorBoard  {folder / "tensorboard"}   samples {samples_file(Path(config.log_file))}
 
 Next (in .venv/bin, or after `source .venv/bin/activate`):
   generate       dsllama generate --checkpoint {config.ckpt_dir} --prompt "The "
-  export         dsllama export --checkpoint {config.ckpt_dir} --out {folder / 'hf'}
+  export         dsllama export --checkpoint {config.ckpt_dir} --out {folder / "hf"}
   train longer   {train} --load_ckpt true --training_tokens {2 * config.training_tokens} --use_prev_scheduler false
   another model  make quickstart ARGS="--dir runs/deeper n_layers=6 max_lr=0.001"
-  look closer    tensorboard --logdir {folder / 'tensorboard'}""")
+  look closer    tensorboard --logdir {folder / "tensorboard"}""")
     return 0
 
 

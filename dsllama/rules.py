@@ -60,12 +60,21 @@ def _heads_divide_width(c: TrainingConfig) -> Iterator[Problem]:
     if c.n_embd % c.n_heads:
         widths = " or ".join(map(str, nearest_multiples(c.n_embd, 2 * c.n_heads)))
         heads = " or ".join(map(str, nearest_divisors(c.n_heads, c.n_embd)))
-        yield Problem("n_embd", f"must be a multiple of n_heads = {c.n_heads}",
-                      f"use n_embd {widths}, or n_heads {heads}", c.n_embd)
+        yield Problem(
+            "n_embd",
+            f"must be a multiple of n_heads = {c.n_heads}",
+            f"use n_embd {widths}, or n_heads {heads}",
+            c.n_embd,
+        )
     elif c.n_embd // c.n_heads % 2:
         widths = " or ".join(map(str, nearest_multiples(c.n_embd, 2 * c.n_heads)))
-        yield Problem("n_embd", f"gives heads of odd size n_embd / n_heads = {c.n_embd // c.n_heads}; rotary "
-                      "embedding turns pairs of channels", f"use n_embd {widths}", c.n_embd)
+        yield Problem(
+            "n_embd",
+            f"gives heads of odd size n_embd / n_heads = {c.n_embd // c.n_heads}; rotary "
+            "embedding turns pairs of channels",
+            f"use n_embd {widths}",
+            c.n_embd,
+        )
 
 
 @_rule("n_heads", "n_kv_heads")
@@ -85,8 +94,12 @@ def _rate_falls(c: TrainingConfig) -> Iterator[Problem]:
 def _warmup_ends(c: TrainingConfig) -> Iterator[Problem]:
     updates = -(-c.training_tokens // c.tokens_per_update)
     if c.schedule != "constant" and c.warmup_iterations >= updates:
-        yield Problem("warmup_iterations", f"must be below the {updates} updates of this run (training_tokens / "
-                      "tokens_per_update)", f"use {min(updates - 1, max(updates // 20, 1))}", c.warmup_iterations)
+        yield Problem(
+            "warmup_iterations",
+            f"must be below the {updates} updates of this run (training_tokens / tokens_per_update)",
+            f"use {min(updates - 1, max(updates // 20, 1))}",
+            c.warmup_iterations,
+        )
 
 
 @_rule("zero_stage", "offload_optimizer")
@@ -94,8 +107,12 @@ def _optimizer_offload_needs_zero(c: TrainingConfig) -> Iterator[Problem]:
     if c.zero_stage == 0 and c.offload_optimizer in ("cpu", "nvme"):
         yield Problem("offload_optimizer", "needs ZeRO", "use zero_stage 1, 2 or 3", c.offload_optimizer)
     if c.zero_stage in (1, 2) and c.offload_optimizer == "nvme":
-        yield Problem("offload_optimizer", f"to nvme needs zero_stage 3, not {c.zero_stage}",
-                      "use zero_stage 3, or offload_optimizer cpu", c.offload_optimizer)
+        yield Problem(
+            "offload_optimizer",
+            f"to nvme needs zero_stage 3, not {c.zero_stage}",
+            "use zero_stage 3, or offload_optimizer cpu",
+            c.offload_optimizer,
+        )
 
 
 @_rule("zero_stage", "offload_params")
@@ -107,7 +124,9 @@ def _parameter_offload_needs_zero_3(c: TrainingConfig) -> Iterator[Problem]:
 @_rule("offload_optimizer", "offload_params", "nvme_path", "deepspeed_overlay")
 def _nvme_needs_a_path(c: TrainingConfig) -> Iterator[Problem]:
     if "nvme" in (c.offload_optimizer, c.offload_params) and c.nvme_path is None and c.deepspeed_overlay is None:
-        yield Problem("nvme_path", "must name a folder when something is offloaded to nvme", "use --nvme_path /local/nvme")
+        yield Problem(
+            "nvme_path", "must name a folder when something is offloaded to nvme", "use --nvme_path /local/nvme"
+        )
 
 
 @_rule("load_ckpt")

@@ -1,6 +1,6 @@
 """Writes down, in a process of its own, the rate of each optimizer step that a DeepSpeed engine really makes.
 
-    python tests/applied_rates.py STAGE   ->  a JSON list of rates: 12 updates, with a save and a load after the 7th
+python tests/applied_rates.py STAGE   ->  a JSON list of rates: 12 updates, with a save and a load after the 7th
 """
 
 import json
@@ -16,8 +16,19 @@ from dsllama.derived import derive
 from dsllama.training import engine as deepspeed_engine
 
 CONFIG = dict(
-    batch_size=1, max_seq_len=8, tokens_per_update=24, n_embd=8, n_heads=2, n_layers=1, training_tokens=24 * 10,
-    warmup_iterations=3, max_lr=0.5, min_lr=0.05, schedule="linear", precision="fp32")
+    batch_size=1,
+    max_seq_len=8,
+    tokens_per_update=24,
+    n_embd=8,
+    n_heads=2,
+    n_layers=1,
+    training_tokens=24 * 10,
+    warmup_iterations=3,
+    max_lr=0.5,
+    min_lr=0.05,
+    schedule="linear",
+    precision="fp32",
+)
 
 
 def build(stage: int):

@@ -22,9 +22,20 @@ VOCABULARY = 384
 
 # A model that is small in every direction; 256 tokens an update divide among 1 or 2 ranks and micro-batches of 1 to 4.
 TINY = {
-    "batch_size": 2, "max_seq_len": 32, "tokens_per_update": 256, "n_embd": 32, "n_heads": 4, "n_layers": 2,
-    "multiple_of": 16, "warmup_iterations": 4, "max_lr": 0.01, "min_lr": 0.001, "training_tokens": 20 * 256,
-    "token_ckpt": 10 * 256, "sample_prompts": [], "precision": "fp32",
+    "batch_size": 2,
+    "max_seq_len": 32,
+    "tokens_per_update": 256,
+    "n_embd": 32,
+    "n_heads": 4,
+    "n_layers": 2,
+    "multiple_of": 16,
+    "warmup_iterations": 4,
+    "max_lr": 0.01,
+    "min_lr": 0.001,
+    "training_tokens": 20 * 256,
+    "token_ckpt": 10 * 256,
+    "sample_prompts": [],
+    "precision": "fp32",
 }
 
 
@@ -36,8 +47,15 @@ def environment() -> dict[str, str]:
 
 def run(*command: Any, cwd: Path = REPOSITORY, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """Run a command as a user would; its output is in .stdout and .stderr."""
-    return subprocess.run([str(word) for word in command], cwd=cwd, env=environment(), timeout=timeout, text=True,
-                          capture_output=True, check=False)
+    return subprocess.run(
+        [str(word) for word in command],
+        cwd=cwd,
+        env=environment(),
+        timeout=timeout,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
 
 
 def deepspeed_command(ranks: int, *script: Any) -> list[str]:

@@ -1,6 +1,6 @@
 """Runs several training runs one after the other in the ranks of one real launch, to share its start-up.
 
-    deepspeed --num_gpus R tests/launched.py runs.json      runs.json: a list of argument lists
+deepspeed --num_gpus R tests/launched.py runs.json      runs.json: a list of argument lists
 """
 
 import json

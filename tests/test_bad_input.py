@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.conftest import REPOSITORY, Run, TinyData, deepspeed_command, launch_all, options, run
 
 from dsllama import cli
 from dsllama.data.encode import encode
 from dsllama.data.tokenizer import train_tokenizer
 from dsllama.training.run import main as train
+from tests.conftest import REPOSITORY, Run, TinyData, deepspeed_command, launch_all, options, run
 
 Prepare = Callable[[Path, dict[str, Any]], None]
 
@@ -153,19 +153,34 @@ TRAINING: dict[str, tuple[Prepare, list[str]]] = {
     "no such overlay": (some(deepspeed_overlay="nowhere.json"), ["no such file", "ds_configs/zero2.json"]),
     "overlay is no JSON": (overlay("{"), ["overlay.json:1", "is not JSON"]),
     "overlay with a typo": (overlay({"gradient_clipp1ng": 1}), ["gradient_clipp1ng", "'gradient_clipping'"]),
-    "typo in depth": (overlay({"zero_optimization": {"reduce_bucket": 1}}), ["zero_optimization.reduce_bucket", "'reduce_bucket_size'"]),
-    "typo deeper": (overlay({"zero_optimization": {"offload_optimizer": {"devise": "cpu"}}}), ["offload_optimizer.devise", "'device'"]),
+    "typo in depth": (
+        overlay({"zero_optimization": {"reduce_bucket": 1}}),
+        ["zero_optimization.reduce_bucket", "'reduce_bucket_size'"],
+    ),
+    "typo deeper": (
+        overlay({"zero_optimization": {"offload_optimizer": {"devise": "cpu"}}}),
+        ["offload_optimizer.devise", "'device'"],
+    ),
     "other batch": (overlay({"train_batch_size": 7}), ["train_batch_size = 7", "gives 8"]),
     "other accumulation": (overlay({"gradient_accumulation_steps": 3}), ["gradient_accumulation_steps = 3", "gives 4"]),
     "other rate": (overlay({"optimizer": {"params": {"lr": 1.0}}}), ["optimizer.params.lr = 1.0", "gives 0.01"]),
     "other precision": (overlay({"fp16": {"enabled": True}}), ["fp16.enabled = True", "precision"]),
     "other clipping": (overlay({"gradient_clipping": 5}), ["gradient_clipping = 5", "gives 1.0"]),
     "other scheduler": (overlay({"scheduler": {"type": "WarmupLR"}}), ["scheduler.type", "DsllamaScheduler"]),
-    "other stage": (lambda f, s: (overlay({"zero_optimization": {"stage": 3}})(f, s), s.update(zero_stage=2)), ["zero_optimization.stage = 3", "gives 2"]),  # type: ignore[dict-item, func-returns-value]
+    "other stage": (
+        lambda f, s: (overlay({"zero_optimization": {"stage": 3}})(f, s), s.update(zero_stage=2)),
+        ["zero_optimization.stage = 3", "gives 2"],
+    ),  # type: ignore[dict-item, func-returns-value]
     "stage of nine": (overlay({"zero_optimization": {"stage": 9}}), ["stage", "0, 1, 2 or 3"]),
-    "auto that nothing derives": (overlay({"zero_optimization": {"sub_group_size": "auto"}}), ["sub_group_size", "nothing derives"]),
+    "auto that nothing derives": (
+        overlay({"zero_optimization": {"sub_group_size": "auto"}}),
+        ["sub_group_size", "nothing derives"],
+    ),
     "section that is none": (overlay({"zero_optimization": 2}), ["zero_optimization", "must be a section"]),
-    "value that DeepSpeed refuses": (overlay({"zero_optimization": {"reduce_bucket_size": -5}}), ["DeepSpeed refuses", "reduce_bucket_size"]),
+    "value that DeepSpeed refuses": (
+        overlay({"zero_optimization": {"reduce_bucket_size": -5}}),
+        ["DeepSpeed refuses", "reduce_bucket_size"],
+    ),
     # --- data
     "no data": (some(dataset_dir="/nowhere/at/all"), ["/nowhere/at/all"]),
     "no shards": (shards(), ["bad", ".npy"]),
@@ -184,7 +199,8 @@ TRAINING: dict[str, tuple[Prepare, list[str]]] = {
     "tokenizer that is none": (tokenizer("{}"), ["tok.json", "dsllama tokenizer"]),
     "tokenizer without special tokens": (
         tokenizer('{"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}'),
-        ["tok.json", "<SOS>"]),
+        ["tok.json", "<SOS>"],
+    ),
     "another tokenizer than the data's": (other_tokenizer, ["tokenizer_path", "not the tokenizer that encoded"]),
     # --- checkpoints
     "nothing to resume": (some(load_ckpt="true"), ["holds no checkpoint", "--load_ckpt false"]),
@@ -196,7 +212,10 @@ VERBS: dict[str, tuple[list[str], list[str]]] = {
     "unknown verb": (["trian"], ["trian"]),
     "no verb": ([], ["VERB"]),
     "text that does not exist": (["tokenizer", "nowhere.txt", "--out", "t.json"], ["nowhere.txt"]),
-    "vocabulary of nothing": (["tokenizer", "README.md", "--out", "t.json", "--vocab_size", "9"], ["vocab_size", "266"]),
+    "vocabulary of nothing": (
+        ["tokenizer", "README.md", "--out", "t.json", "--vocab_size", "9"],
+        ["vocab_size", "266"],
+    ),
     "no tokenizer to encode with": (["encode", "tests", "--tokenizer", "nowhere.json", "--out", "o"], ["tests"]),
     "checkpoint that is none": (["generate", "--checkpoint", "tests", "--prompt", "x"], ["tests", "manifest.json"]),
     "export of nothing": (["export", "--checkpoint", "nowhere", "--out", "o"], ["nowhere"]),
@@ -235,8 +254,15 @@ def test_verbs_refuse_with_a_clear_message(name: str, capsys, monkeypatch) -> No
 
 
 def test_everything_that_is_wrong_is_said_at_once(tiny_data: TinyData, tmp_path: Path, capsys) -> None:
-    settings = {**tiny_data.settings, "tokenizer_path": "no.json", "dataset_dir": "/no/data", "load_ckpt": "/no/checkpoint",
-                "deepspeed_overlay": "no_overlay.json", "ckpt_dir": tmp_path / "c", "log_file": tmp_path / "l.csv"}
+    settings = {
+        **tiny_data.settings,
+        "tokenizer_path": "no.json",
+        "dataset_dir": "/no/data",
+        "load_ckpt": "/no/checkpoint",
+        "deepspeed_overlay": "no_overlay.json",
+        "ckpt_dir": tmp_path / "c",
+        "log_file": tmp_path / "l.csv",
+    }
     assert train(options(settings)) == 2
     message = one_clear_screen(capsys.readouterr())
     assert all(part in message for part in ("no.json", "/no/data", "/no/checkpoint", "no_overlay.json"))
@@ -251,7 +277,9 @@ def test_the_launcher_passes_the_message_and_the_code_on(tiny_data: TinyData, tm
 
 @pytest.fixture(scope="module")
 def finished(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    trained = Run(tmp_path_factory.mktemp("finished"), {**tiny_data.settings, "training_tokens": 6 * 256, "token_ckpt": 768})
+    trained = Run(
+        tmp_path_factory.mktemp("finished"), {**tiny_data.settings, "training_tokens": 6 * 256, "token_ckpt": 768}
+    )
     launch_all([trained], 1)
     return trained
 
@@ -276,14 +304,26 @@ CHECKPOINTS: dict[str, tuple[list[Callable[[Run], None]], dict[str, Any], list[s
     "one that would be overwritten": ([], {}, ["holds 2 checkpoints", "--load_ckpt true"]),
     "another width": ([], {"load_ckpt": "true", "n_embd": 64}, ["n_embd = 64", "32"]),
     "another length": ([], {"load_ckpt": "true", "max_seq_len": 16}, ["max_seq_len = 16", "32"]),
-    "another pace": ([], {"load_ckpt": "true", "tokens_per_update": 512, "warmup_iterations": 1}, ["tokens_per_update = 512", "256"]),
+    "another pace": (
+        [],
+        {"load_ckpt": "true", "tokens_per_update": 512, "warmup_iterations": 1},
+        ["tokens_per_update = 512", "256"],
+    ),
     "another stage": ([], {"load_ckpt": "true", "zero_stage": 3}, ["zero_stage", "1"]),
     "another precision": ([], {"load_ckpt": "true", "precision": "bf16"}, ["precision", "fp32"]),
-    "asked for by name and truncated": ([damage(6, "truncated")], {"load_ckpt": "update_0000006"}, ["bytes instead of", "update_0000003"]),
+    "asked for by name and truncated": (
+        [damage(6, "truncated")],
+        {"load_ckpt": "update_0000006"},
+        ["bytes instead of", "update_0000003"],
+    ),
     "asked for by name and a file missing": ([damage(6, "missing")], {"load_ckpt": "update_0000006"}, ["is missing"]),
     "manifest gone": ([damage(6, "no manifest")], {"load_ckpt": "update_0000006"}, ["no manifest.json"]),
     "manifest torn": ([damage(6, '{"format":')], {"load_ckpt": "update_0000006"}, ["cannot be read"]),
-    "manifest of something else": ([damage(6, '{"format": "x", "files": {}}')], {"load_ckpt": "update_0000006"}, ["format"]),
+    "manifest of something else": (
+        [damage(6, '{"format": "x", "files": {}}')],
+        {"load_ckpt": "update_0000006"},
+        ["format"],
+    ),
     "none of them whole": ([damage(3, "truncated"), damage(6, "truncated")], {"load_ckpt": "true"}, ["none of the 2"]),
 }
 

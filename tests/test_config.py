@@ -30,18 +30,51 @@ def ds_json(world_size: int = 8, **fields: Any) -> dict[str, Any]:
 def test_the_textbooks_fields_have_its_defaults() -> None:
     config = TrainingConfig()
     textbook = dict(
-        batch_size=4, max_seq_len=2048, tokens_per_update=2**19, n_embd=2048, n_heads=32, n_layers=24, multiple_of=256,
-        eps=1e-5, theta=10_000, dropout=0.0, warmup_iterations=500, beta1=0.9, beta2=0.95, weight_decay=0.1,
-        training_tokens=45_000_000_000, eval_interval=32, model_gen_multiplier=1.5, token_ckpt=1_000_000_000)
+        batch_size=4,
+        max_seq_len=2048,
+        tokens_per_update=2**19,
+        n_embd=2048,
+        n_heads=32,
+        n_layers=24,
+        multiple_of=256,
+        eps=1e-5,
+        theta=10_000,
+        dropout=0.0,
+        warmup_iterations=500,
+        beta1=0.9,
+        beta2=0.95,
+        weight_decay=0.1,
+        training_tokens=45_000_000_000,
+        eval_interval=32,
+        model_gen_multiplier=1.5,
+        token_ckpt=1_000_000_000,
+    )
     assert {name: getattr(config, name) for name in textbook} == textbook
 
 
-@pytest.mark.parametrize(("text", "number"), [
-    ("45e9", 45_000_000_000), ("2**19", 524288), ("512K", 524288), ("1_000", 1000), ("2M", 2 * 2**20), ("45B", 45 * 10**9),
-    ("1.5e3", 1500), (7, 7), (7.0, 7), ("9007199254740993", 9007199254740993)])
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("45e9", 45_000_000_000),
+        ("2**19", 524288),
+        ("512K", 524288),
+        ("1_000", 1000),
+        ("2M", 2 * 2**20),
+        ("45B", 45 * 10**9),
+        ("1.5e3", 1500),
+        (7, 7),
+        (7.0, 7),
+        ("9007199254740993", 9007199254740993),
+    ],
+)
 def test_sizes_may_be_written_as_people_do(text: Any, number: int) -> None:
-    assert TrainingConfig(training_tokens=text, warmup_iterations=0, tokens_per_update=1, max_seq_len=1, batch_size=1
-                          ).training_tokens == number == parse_count(text)
+    assert (
+        TrainingConfig(
+            training_tokens=text, warmup_iterations=0, tokens_per_update=1, max_seq_len=1, batch_size=1
+        ).training_tokens
+        == number
+        == parse_count(text)
+    )
 
 
 @pytest.mark.parametrize("name", ["c.yaml", "c.json"])
@@ -102,7 +135,9 @@ def test_derived_numbers_are_the_closed_forms() -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 8, 64])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
-def test_deepspeed_json_is_complete_and_says_what_the_configuration_says(world_size: int, stage: int, precision: str) -> None:
+def test_deepspeed_json_is_complete_and_says_what_the_configuration_says(
+    world_size: int, stage: int, precision: str
+) -> None:
     # DeepSpeed's own class has read it: deepspeed_config raises otherwise.
     content = ds_json(world_size, zero_stage=stage, precision=precision, gradient_clipping=0.5)
     batch = [content[k] for k in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")]
@@ -111,8 +146,10 @@ def test_deepspeed_json_is_complete_and_says_what_the_configuration_says(world_s
     assert content["gradient_clipping"] == 0.5 and content["zero_optimization"]["stage"] == stage
     assert (content["bf16"]["enabled"], content["fp16"]["enabled"]) == (precision == "bf16", precision == "fp16")
     assert content["data_types"]["grad_accum_dtype"] == (precision if stage == 0 else "fp32")
-    assert content["scheduler"] == {"type": "DsllamaScheduler", "params": {
-        "schedule": "cosine", "training_steps": 85831, "warmup_steps": 500, "max_lr": 3e-4, "min_lr": 3e-5}}
+    assert content["scheduler"] == {
+        "type": "DsllamaScheduler",
+        "params": {"schedule": "cosine", "training_steps": 85831, "warmup_steps": 500, "max_lr": 3e-4, "min_lr": 3e-5},
+    }
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda p: p.name)
@@ -127,9 +164,17 @@ def test_every_ready_overlay_can_be_laid_over_a_configuration(overlay: Path) -> 
 
 def test_an_overlay_may_repeat_or_leave_to_auto_what_is_derived_and_tune_the_rest(tmp_path: Path) -> None:
     overlay = tmp_path / "o.json"
-    overlay.write_text(json.dumps({
-        "train_batch_size": "auto", "train_micro_batch_size_per_gpu": 4, "bf16": {"enabled": "auto"},
-        "zero_optimization": {"stage": 2, "reduce_bucket_size": 123456}, "optimizer": {"params": {"lr": "auto"}}}))
+    overlay.write_text(
+        json.dumps(
+            {
+                "train_batch_size": "auto",
+                "train_micro_batch_size_per_gpu": 4,
+                "bf16": {"enabled": "auto"},
+                "zero_optimization": {"stage": 2, "reduce_bucket_size": 123456},
+                "optimizer": {"params": {"lr": "auto"}},
+            }
+        )
+    )
     content = ds_json(deepspeed_overlay=str(overlay))
     assert content["zero_optimization"]["reduce_bucket_size"] == 123456
     assert content["train_batch_size"] == 256 and content["optimizer"]["params"]["lr"] == 3e-4

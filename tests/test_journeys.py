@@ -15,17 +15,24 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tests.conftest import REPOSITORY, Run, TinyData, deepspeed_command, environment, options, run
 
 from dsllama.training.checkpoint import list_checkpoints
+from tests.conftest import REPOSITORY, Run, TinyData, deepspeed_command, environment, options, run
 
 DSLLAMA = Path(sys.executable).with_name("dsllama")
 
 
 def start(*command: object, cwd: Path = REPOSITORY) -> subprocess.Popen[str]:
     """Start a command in a terminal of its own, as it were: Ctrl-C reaches its whole process group."""
-    return subprocess.Popen([str(word) for word in command], cwd=cwd, env=environment(), text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    return subprocess.Popen(
+        [str(word) for word in command],
+        cwd=cwd,
+        env=environment(),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
 
 
 def wait_for_rows(log: Path, rows: int, process: subprocess.Popen[str], seconds: float = 180) -> None:
@@ -39,8 +46,20 @@ def wait_for_rows(log: Path, rows: int, process: subprocess.Popen[str], seconds:
 
 def test_quickstart_is_interrupted_goes_on_and_knows_when_it_is_done(tmp_path: Path) -> None:
     folder = tmp_path / "quickstart"
-    command = [DSLLAMA, "quickstart", "--dir", folder, "n_embd=32", "n_layers=1", "max_seq_len=64", "batch_size=4",
-               "tokens_per_update=512", "training_tokens=150K", "warmup_iterations=10", "sample_tokens=8"]
+    command = [
+        DSLLAMA,
+        "quickstart",
+        "--dir",
+        folder,
+        "n_embd=32",
+        "n_layers=1",
+        "max_seq_len=64",
+        "batch_size=4",
+        "tokens_per_update=512",
+        "training_tokens=150K",
+        "warmup_iterations=10",
+        "sample_tokens=8",
+    ]
     first = start(*command)
     wait_for_rows(folder / "log.csv", 4, first)
     os.kill(first.pid, signal.SIGINT)
@@ -52,7 +71,9 @@ def test_quickstart_is_interrupted_goes_on_and_knows_when_it_is_done(tmp_path: P
     second = run(*command)
     assert second.returncode == 0, second.stdout + second.stderr
     assert f"goes on from {stopped_at}" in second.stdout and "tokenizer.json exists" in second.stdout
-    start_loss, end_loss = map(float, re.findall(r"loss +([\d.]+) at the start .*?, ([\d.]+) at the end", second.stdout)[0])
+    start_loss, end_loss = map(
+        float, re.findall(r"loss +([\d.]+) at the start .*?, ([\d.]+) at the end", second.stdout)[0]
+    )
     assert start_loss == pytest.approx(math.log(8192), abs=0.1) and end_loss < start_loss - 1.5
     for made in ("log.png", "log.samples.txt", "config.yaml", "tensorboard", "shards/manifest.json"):
         assert (folder / made).exists(), made
@@ -62,8 +83,14 @@ def test_quickstart_is_interrupted_goes_on_and_knows_when_it_is_done(tmp_path: P
 
     command_shown = re.search(r"generate +(dsllama generate .*)", third.stdout)
     assert command_shown is not None
-    generated = subprocess.run(f"{DSLLAMA.parent}/{command_shown[1]} --max_new_tokens 5", shell=True, text=True,
-                               capture_output=True, env=environment(), check=True)
+    generated = subprocess.run(
+        f"{DSLLAMA.parent}/{command_shown[1]} --max_new_tokens 5",
+        shell=True,
+        text=True,
+        capture_output=True,
+        env=environment(),
+        check=True,
+    )
     assert generated.stdout.startswith("The ")
 
     fresh = start(*command, "--fresh")
@@ -74,7 +101,9 @@ def test_quickstart_is_interrupted_goes_on_and_knows_when_it_is_done(tmp_path: P
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_the_whole_job_leaves_a_checkpoint_that_goes_on(tiny_data: TinyData, tmp_path: Path, number) -> None:
+def test_a_signal_to_the_whole_job_leaves_a_checkpoint_that_goes_on(
+    tiny_data: TinyData, tmp_path: Path, number
+) -> None:
     trained = Run(tmp_path / "run", {**tiny_data.settings, "training_tokens": 4000 * 256, "token_ckpt": "1G"})
     process = start(*deepspeed_command(2, "launch/train.py", *trained.words()))
     wait_for_rows(tmp_path / "run" / "log.csv", 5, process)
@@ -91,7 +120,9 @@ def test_a_signal_to_the_whole_job_leaves_a_checkpoint_that_goes_on(tiny_data: T
     assert [int(row["step"]) for row in trained.rows()][-4:] == list(range(manifest["update"], manifest["update"] + 4))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_checkpoint(tiny_data: TinyData, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_checkpoint(
+    tiny_data: TinyData, tmp_path: Path
+) -> None:
     settings = {**tiny_data.settings, "token_ckpt": 256, "max_lr": 1e38, "schedule": "constant", "gradient_clipping": 0}
     trained = Run(tmp_path / "run", settings)
     result = run(sys.executable, "launch/train.py", *trained.words())
@@ -105,8 +136,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_checkp
 def test_console_csv_and_tensorboard_say_the_same(tiny_data: TinyData, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    trained = Run(tmp_path / "run", {**tiny_data.settings, "validation_tokens": 1000, "eval_interval": 5,
-                                     "sample_prompts": ["the dog"], "sample_tokens": 4, "seed": 3})
+    trained = Run(
+        tmp_path / "run",
+        {
+            **tiny_data.settings,
+            "validation_tokens": 1000,
+            "eval_interval": 5,
+            "sample_prompts": ["the dog"],
+            "sample_tokens": 4,
+            "seed": 3,
+        },
+    )
     result = run(sys.executable, "launch/train.py", *trained.words())
     assert result.returncode == 0, result.stderr
     rows = trained.rows()
@@ -118,7 +158,8 @@ def test_console_csv_and_tensorboard_say_the_same(tiny_data: TinyData, tmp_path:
         assert [value for _, value in told] == pytest.approx([float(row[name]) for row in rows], rel=1e-6)
     console = re.findall(r"^ *(\d+)/20 .* loss ([\d.]+) \|", result.stdout, re.MULTILINE)
     assert [(int(s), float(loss)) for s, loss in console] == [
-        (int(row["step"]), pytest.approx(float(row["loss"]), abs=6e-5)) for row in rows]
+        (int(row["step"]), pytest.approx(float(row["loss"]), abs=6e-5)) for row in rows
+    ]
     assert [int(row["step"]) for row in rows if row["validation_loss"]] == [5, 10, 15, 20]
     # The textbook's interval: eval_interval, then 1.5 times as far each time.
     samples = (trained.folder / "log.samples.txt").read_text()
@@ -133,15 +174,35 @@ def test_from_raw_text_to_a_model_in_transformers_by_hand(tmp_path: Path) -> Non
     from transformers import AutoModelForCausalLM
 
     text = tmp_path / "text.jsonl"
-    text.write_text("".join(json.dumps({"body": f"line {n} of a small text; {n * n} is its square"}) + "\n" for n in range(800)))
+    text.write_text(
+        "".join(json.dumps({"body": f"line {n} of a small text; {n * n} is its square"}) + "\n" for n in range(800))
+    )
     tokenizer, shards = tmp_path / "tok.json", tmp_path / "shards"
     steps = [
         [DSLLAMA, "tokenizer", text, "--out", tokenizer, "--vocab_size", "300", "--text_field", "body"],
         [DSLLAMA, "encode", text, "--tokenizer", tokenizer, "--out", shards, "--text_field", "body"],
-        deepspeed_command(1, "launch/train.py", "--config", "configs/quickstart.yaml", *options({
-            "dataset_dir": shards, "tokenizer_path": tokenizer, "ckpt_dir": tmp_path / "c", "log_file": tmp_path / "l.csv",
-            "n_embd": 32, "n_layers": 1, "max_seq_len": 32, "tokens_per_update": 256, "training_tokens": 5 * 256,
-            "warmup_iterations": 1, "deepspeed_overlay": "ds_configs/zero3.json", "zero_stage": "null"})),
+        deepspeed_command(
+            1,
+            "launch/train.py",
+            "--config",
+            "configs/quickstart.yaml",
+            *options(
+                {
+                    "dataset_dir": shards,
+                    "tokenizer_path": tokenizer,
+                    "ckpt_dir": tmp_path / "c",
+                    "log_file": tmp_path / "l.csv",
+                    "n_embd": 32,
+                    "n_layers": 1,
+                    "max_seq_len": 32,
+                    "tokens_per_update": 256,
+                    "training_tokens": 5 * 256,
+                    "warmup_iterations": 1,
+                    "deepspeed_overlay": "ds_configs/zero3.json",
+                    "zero_stage": "null",
+                }
+            ),
+        ),
         [DSLLAMA, "export", "--checkpoint", tmp_path / "c", "--out", tmp_path / "hf"],
     ]
     for step in steps:

@@ -97,7 +97,9 @@ class Manifest:
         except (KeyError, TypeError) as error:
             raise UserError(Problem(str(path), f"lacks or misnames an entry ({error})", _ENCODE_AGAIN)) from error
         if manifest.fingerprint != content.get("fingerprint"):
-            raise UserError(Problem(str(path), "was changed by hand: its fingerprint does not fit its shards", _ENCODE_AGAIN))
+            raise UserError(
+                Problem(str(path), "was changed by hand: its fingerprint does not fit its shards", _ENCODE_AGAIN)
+            )
         return manifest
 
 

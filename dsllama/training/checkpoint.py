@@ -83,7 +83,9 @@ def open_checkpoint(path: str | Path, checksums: bool = False) -> Checkpoint:
     if reason:
         others = [str(p) for p in list_checkpoints(path.parent) if p != path and not _read(p, False)[1]]
         remedy = f"whole ones beside it: {', '.join(others[-3:])}" if others else "give the path of a checkpoint"
-        raise UserError(Problem(str(path), f"is not a whole checkpoint: {reason}", remedy), "cannot load the checkpoint")
+        raise UserError(
+            Problem(str(path), f"is not a whole checkpoint: {reason}", remedy), "cannot load the checkpoint"
+        )
     return Checkpoint(path, manifest)
 
 
@@ -107,17 +109,25 @@ def choose(config: TrainingConfig, warn: Any = None) -> Checkpoint | None:
     existing = list_checkpoints(config.ckpt_dir)
     if config.load_ckpt is False:
         if existing:
-            raise UserError(Problem(
-                "ckpt_dir", f"holds {len(existing)} checkpoints of an earlier run, the newest {existing[-1].name}",
-                "use --load_ckpt true to go on with it, or another --ckpt_dir", config.ckpt_dir))
+            raise UserError(
+                Problem(
+                    "ckpt_dir",
+                    f"holds {len(existing)} checkpoints of an earlier run, the newest {existing[-1].name}",
+                    "use --load_ckpt true to go on with it, or another --ckpt_dir",
+                    config.ckpt_dir,
+                )
+            )
         return None
     if isinstance(config.load_ckpt, str) and config.load_ckpt != "auto":
         return open_checkpoint(config.load_ckpt)
     chosen = newest_whole(config.ckpt_dir, warn)
     if chosen is None and (existing or config.load_ckpt is True):
-        rule = f"none of the {len(existing)} checkpoints in it is whole" if existing else "holds no checkpoint to resume"
-        raise UserError(Problem("ckpt_dir", rule, "use --load_ckpt false and an empty --ckpt_dir to start anew",
-                                config.ckpt_dir))
+        rule = (
+            f"none of the {len(existing)} checkpoints in it is whole" if existing else "holds no checkpoint to resume"
+        )
+        raise UserError(
+            Problem("ckpt_dir", rule, "use --load_ckpt false and an empty --ckpt_dir to start anew", config.ckpt_dir)
+        )
     return chosen
 
 
@@ -130,14 +140,26 @@ def misfits(checkpoint: Checkpoint, config: TrainingConfig, topology: dict[str, 
         if theirs[name] != ours[name]
     ]
     if checkpoint.manifest["vocab_size"] != vocab_size:
-        problems.append(Problem("tokenizer_path", f"gives a vocabulary of {vocab_size}, the checkpoint has "
-                                f"{checkpoint.manifest['vocab_size']}", "use the tokenizer that lies in the checkpoint"))
+        problems.append(
+            Problem(
+                "tokenizer_path",
+                f"gives a vocabulary of {vocab_size}, the checkpoint has {checkpoint.manifest['vocab_size']}",
+                "use the tokenizer that lies in the checkpoint",
+            )
+        )
     saved = checkpoint.manifest["topology"]
     for name, value in topology.items():
         # DeepSpeed's stage 0 files hold everything in one piece: they load on any number of ranks.
         if saved[name] != value and not (name == "ranks" and saved["zero_stage"] == topology["zero_stage"] == 0):
-            problems.append(Problem(name, f"differs from the checkpoint's {saved[name]!r}, and DeepSpeed's ZeRO files "
-                                    "load only as they were saved", f"resume with {name} = {saved[name]}", value))
+            problems.append(
+                Problem(
+                    name,
+                    f"differs from the checkpoint's {saved[name]!r}, and DeepSpeed's ZeRO files "
+                    "load only as they were saved",
+                    f"resume with {name} = {saved[name]}",
+                    value,
+                )
+            )
     return problems
 
 

@@ -69,7 +69,7 @@ def start(rank: int, world_size: int) -> World:
 
 
 def accelerator() -> str:
-    """"cuda" or "cpu": what DeepSpeed trains on here, and is told to."""
+    """ "cuda" or "cpu": what DeepSpeed trains on here, and is told to."""
     # Left alone, DeepSpeed warns on a machine without a GPU that it could not find one.
     return os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 

@@ -83,9 +83,16 @@ class Report:
         """Write one row everywhere."""
         print(row.line(updates, eta_seconds), flush=True)
         self._csv.writerow({name: _cell(value) for name, value in asdict(row).items()})
-        scalars = {"loss": row.loss, "perplexity": row.perplexity, "learning_rate": row.learning_rate,
-                   "grad_norm": row.grad_norm, "tokens_per_second": row.tokens_per_second, "mfu": row.mfu,
-                   "memory_gib": row.memory_gib, "validation_loss": row.validation_loss}
+        scalars = {
+            "loss": row.loss,
+            "perplexity": row.perplexity,
+            "learning_rate": row.learning_rate,
+            "grad_norm": row.grad_norm,
+            "tokens_per_second": row.tokens_per_second,
+            "mfu": row.mfu,
+            "memory_gib": row.memory_gib,
+            "validation_loss": row.validation_loss,
+        }
         for name, value in scalars.items():
             if value is not None:
                 self._events.add_scalar(f"train/{name}", value, row.tokens_total)
@@ -131,7 +138,9 @@ def plot_log(log_file: Path) -> Path:
     figure = Figure(figsize=(8, 6), layout="constrained")
     loss_axes, rate_axes = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
     loss_axes.plot(tokens, [float(row["loss"]) for row in rows], label="training")
-    validated = [(t, float(row["validation_loss"])) for t, row in zip(tokens, rows, strict=True) if row["validation_loss"]]
+    validated = [
+        (t, float(row["validation_loss"])) for t, row in zip(tokens, rows, strict=True) if row["validation_loss"]
+    ]
     if validated:
         loss_axes.plot(*zip(*validated, strict=True), "o-", markersize=3, label="validation")
         loss_axes.legend()

@@ -113,8 +113,17 @@ def _open_data(
 ) -> tuple[DatasetLoader, DatasetLoader | None]:
     """The loader of the training part, and of the held-out part where there is one."""
     opened = functools.partial(
-        DatasetLoader, config.batch_size, config.max_seq_len, rank, world_size, config.dataset_dir, _device(),
-        seed=config.seed, validation_tokens=config.validation_tokens, vocab_size=vocab_size)
+        DatasetLoader,
+        config.batch_size,
+        config.max_seq_len,
+        rank,
+        world_size,
+        config.dataset_dir,
+        _device(),
+        seed=config.seed,
+        validation_tokens=config.validation_tokens,
+        vocab_size=vocab_size,
+    )
     train = opened(shuffle=config.shuffle, tokens_per_update=config.tokens_per_update)
     return train, opened(split="validation") if config.validation_tokens else None
 
@@ -124,15 +133,27 @@ def _encoded_otherwise(config: TrainingConfig, fingerprint: str) -> list[Problem
     manifest = Manifest.load(Path(config.dataset_dir))
     if manifest is None or manifest.tokenizer == fingerprint:
         return []
-    return [Problem("tokenizer_path", f"is not the tokenizer that encoded {config.dataset_dir}",
-                    "use that one, or run `dsllama encode` again with this one", config.tokenizer_path)]
+    return [
+        Problem(
+            "tokenizer_path",
+            f"is not the tokenizer that encoded {config.dataset_dir}",
+            "use that one, or run `dsllama encode` again with this one",
+            config.tokenizer_path,
+        )
+    ]
 
 
 def vocabulary(config: TrainingConfig, tokenizer_size: int) -> int:
     """Rows of the embedding: the tokenizer's, or the configuration's larger number."""
     if config.vocab_size is not None and config.vocab_size < tokenizer_size:
-        raise UserError(Problem("vocab_size", f"is smaller than the tokenizer's {tokenizer_size}",
-                                f"leave it out, or pad to {-(-tokenizer_size // 64) * 64}", config.vocab_size))
+        raise UserError(
+            Problem(
+                "vocab_size",
+                f"is smaller than the tokenizer's {tokenizer_size}",
+                f"leave it out, or pad to {-(-tokenizer_size // 64) * 64}",
+                config.vocab_size,
+            )
+        )
     return config.vocab_size or tokenizer_size
 
 
@@ -148,8 +169,10 @@ def _collecting(problems: list[Problem]) -> Iterator[None]:
 
 def _parse(argv: Sequence[str]) -> TrainingConfig:
     parser = arguments.Parser(
-        prog="deepspeed launch/train.py", description="Pretrain a Llama-style model.",
-        epilog="Sizes may be written 524288, 2**19, 512K (x 1024) or 45e9.")
+        prog="deepspeed launch/train.py",
+        description="Pretrain a Llama-style model.",
+        epilog="Sizes may be written 524288, 2**19, 512K (x 1024) or 45e9.",
+    )
     arguments.add_config_options(parser)
     # DeepSpeed's launcher passes it; the environment says the same.
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
@@ -172,26 +195,39 @@ def _complain(text: str, rank: int, code: int) -> int:
 
 def _announce(job: Job) -> None:
     zero = job.topology
-    offload = [f"{what} on {zero[key]}" for what, key in
-               (("optimizer", "offload_optimizer"), ("parameters", "offload_params")) if zero[key] != "none"]
-    print("\n".join([
-        *job.derived.lines(job.config),
-        f"engine       DeepSpeed ZeRO-{zero['zero_stage']}, {zero['precision']}, gradients accumulate in "
-        f"{job.ds_config['data_types']['grad_accum_dtype']}" + (", " + ", ".join(offload) if offload else ""),
-        "versions     " + ", ".join(f"{name} {number}" for name, number in versions().items()),
-        f"data         {job.config.dataset_dir}: {readable(job.loader.stream.tokens)} tokens",
-    ]), flush=True)
+    offload = [
+        f"{what} on {zero[key]}"
+        for what, key in (("optimizer", "offload_optimizer"), ("parameters", "offload_params"))
+        if zero[key] != "none"
+    ]
+    print(
+        "\n".join(
+            [
+                *job.derived.lines(job.config),
+                f"engine       DeepSpeed ZeRO-{zero['zero_stage']}, {zero['precision']}, gradients accumulate in "
+                f"{job.ds_config['data_types']['grad_accum_dtype']}" + (", " + ", ".join(offload) if offload else ""),
+                "versions     " + ", ".join(f"{name} {number}" for name, number in versions().items()),
+                f"data         {job.config.dataset_dir}: {readable(job.loader.stream.tokens)} tokens",
+            ]
+        ),
+        flush=True,
+    )
     if job.resume_from is not None:
-        print(f"resuming     {job.resume_from.path}: update {job.resume_from.update}, {readable(job.resume_from.tokens)} "
-              "tokens", flush=True)
+        print(
+            f"resuming     {job.resume_from.path}: update {job.resume_from.update}, {readable(job.resume_from.tokens)} "
+            "tokens",
+            flush=True,
+        )
 
 
 def _summarize(job: Job, outcome: Outcome) -> None:
     config = job.config
     head = f"stopped by {outcome.stopped_by} after" if outcome.stopped_by else "finished:"
-    print(f"{head} update {outcome.update} of {job.derived.updates}, {readable(outcome.tokens)} tokens, "
-          f"loss {outcome.last_loss:.4f}, {readable(outcome.tokens_per_second)} tok/s, "
-          f"{readable_duration(outcome.seconds)}")
+    print(
+        f"{head} update {outcome.update} of {job.derived.updates}, {readable(outcome.tokens)} tokens, "
+        f"loss {outcome.last_loss:.4f}, {readable(outcome.tokens_per_second)} tok/s, "
+        f"{readable_duration(outcome.seconds)}"
+    )
     if outcome.checkpoint is not None:
         print(f"checkpoint   {outcome.checkpoint.path}\nlog          {config.log_file}")
     if outcome.stopped_by:

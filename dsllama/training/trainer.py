@@ -138,8 +138,16 @@ class Trainer:
                     self._save(loss)
             seconds = time.perf_counter() - self.started
         trained = (self.update - self.first_update + 1) * config.tokens_per_update
-        return Outcome(self.update, self.tokens, first_loss, loss, trained / max(seconds - self.idle, 1e-9), seconds,
-                       self.last_checkpoint, stopped_by if self.update < updates else "")
+        return Outcome(
+            self.update,
+            self.tokens,
+            first_loss,
+            loss,
+            trained / max(seconds - self.idle, 1e-9),
+            seconds,
+            self.last_checkpoint,
+            stopped_by if self.update < updates else "",
+        )
 
     def _train_one_update(self) -> tuple[float, float | None, bool]:
         """One optimizer update: (mean loss over all ranks and micro-steps, gradient norm, does anyone want to stop)."""
@@ -160,7 +168,11 @@ class Trainer:
         sums[2] += bool(self.stop)
         dist.all_reduce(sums)
         total, counted, wishes = sums.tolist()
-        return total / counted, norm if self.norm_from_gradients else deepspeed_engine.gradient_norm(self.engine), wishes > 0
+        return (
+            total / counted,
+            norm if self.norm_from_gradients else deepspeed_engine.gradient_norm(self.engine),
+            wishes > 0,
+        )
 
     @property
     def tokens(self) -> int:
@@ -225,8 +237,12 @@ class Trainer:
         with self._outside_the_clock():
             texts = [
                 self.engine.module.generate(
-                    prompt, max_new_tokens=self.config.sample_tokens, temperature=self.config.sample_temperature,
-                    top_p=self.config.sample_top_p, seed=self.config.seed + self.update)
+                    prompt,
+                    max_new_tokens=self.config.sample_tokens,
+                    temperature=self.config.sample_temperature,
+                    top_p=self.config.sample_top_p,
+                    seed=self.config.seed + self.update,
+                )
                 for prompt in self.config.sample_prompts
             ]
         if self.report is not None:
@@ -248,7 +264,8 @@ class Trainer:
         with self._outside_the_clock() as clock:
             try:
                 self.last_checkpoint = checkpoints.save(
-                    Path(config.ckpt_dir), self.world, self.engine, self.update, manifest, attachments)
+                    Path(config.ckpt_dir), self.world, self.engine, self.update, manifest, attachments
+                )
             except OSError as error:
                 raise TrainingFailed(
                     f"the checkpoint of update {self.update} could not be written: {error}. " + self._last_good()
@@ -271,7 +288,10 @@ class Trainer:
             self.scheduler.load_state_dict(fresh)
         elif theirs != fresh and self.world.is_main:
             changed = {name: f"{theirs[name]} (not {fresh[name]})" for name in fresh if theirs[name] != fresh[name]}
-            print(f"the checkpoint's schedule goes on: {changed}; --use_prev_scheduler false takes the new one", flush=True)
+            print(
+                f"the checkpoint's schedule goes on: {changed}; --use_prev_scheduler false takes the new one",
+                flush=True,
+            )
 
     def _insist_on_finite(self, loss: float, norm: float | None) -> None:
         """Stop before anything that is not finite can reach a checkpoint."""
@@ -283,7 +303,7 @@ class Trainer:
         raise TrainingFailed(
             f"{what} at update {self.update} (samples {last - self.derived.sequences_per_update} to {last - 1}, learning "
             f"rate {self.learning_rate:.3e}). Nothing of it was saved. {self._last_good()} "
-            "A lower --max_lr, a longer --warmup_iterations or --gradient_clipping 1.0 usually helps."
+            "A lower --max_lr, more --warmup_iterations or --gradient_clipping 1.0 usually helps."
         )
 
     def _last_good(self) -> str:

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.conftest import TINY, Run, TinyData, launch_all
 
 from dsllama.config import TrainingConfig
 from dsllama.export.huggingface import to_huggingface
 from dsllama.inference import export_checkpoint, load_model
 from dsllama.model import LLaMaTransformer
+from tests.conftest import TINY, Run, TinyData, launch_all
 
 STAGES = (0, 1, 2, 3)
 UPDATES = 20
@@ -71,9 +71,18 @@ def plain_loop(data: TinyData, clipping: float) -> dict[str, list[float]]:
     config = TrainingConfig(**TINY)
     torch.manual_seed(config.seed)
     start = LLaMaTransformer(config, data.tokenizer).state_dict()
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=data.tokenizer.vocab_size, hidden_size=32, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=32, rms_norm_eps=1e-5, tie_word_embeddings=False))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=data.tokenizer.vocab_size,
+            hidden_size=32,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=32,
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=False,
+        )
+    )
     model.load_state_dict(to_huggingface(start))
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     told: dict[str, list[float]] = {"loss": [], "grad_norm": [], "learning_rate": []}
@@ -159,7 +168,9 @@ def test_the_micro_batch_does_not_change_the_losses(campaign: Campaign, ranks: i
 
 
 @pytest.mark.parametrize("ranks", (1, 2))
-@pytest.mark.parametrize("name", [*(f"stage{s}" for s in STAGES), *(f"bf16_stage{s}" for s in STAGES), "dropout", "shuffled"])
+@pytest.mark.parametrize(
+    "name", [*(f"stage{s}" for s in STAGES), *(f"bf16_stage{s}" for s in STAGES), "dropout", "shuffled"]
+)
 def test_a_resumed_run_gives_the_same_losses_to_the_bit(campaign: Campaign, name: str, ranks: int) -> None:
     whole, resumed = campaign.losses(name, ranks), campaign.losses(f"{name}_resumed", ranks)
     assert resumed == {update: loss for update, loss in whole.items() if update > HALF}
