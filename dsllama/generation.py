@@ -52,7 +52,11 @@ def generate_ids(
     one from the system's entropy; training's random state is touched in neither case.
     Raises UserError for values out of range.
     """
-    _check(ids, max_new_tokens, temperature, top_p)
+    problems = sampling_problems(max_new_tokens, temperature, top_p)
+    if not ids:
+        problems.append(Problem("prompt", "must hold at least one token"))
+    if problems:
+        raise UserError(problems, "cannot generate")
     generator = torch.Generator()
     if seed is None:
         generator.seed()
@@ -114,13 +118,11 @@ def token_probabilities(logits: Tensor, temperature: float, top_p: float) -> Ten
     return torch.zeros_like(probabilities).scatter_(0, order, probabilities / probabilities.sum())
 
 
-def _check(ids: list[int], max_new_tokens: int, temperature: float, top_p: float) -> None:
+def sampling_problems(max_new_tokens: int, temperature: float, top_p: float) -> list[Problem]:
+    """What is wrong with these values, for a message that tells it all at once."""
     rules = [
-        ("prompt", bool(ids), "must hold at least one token", None),
         ("max_new_tokens", max_new_tokens >= 0, "must not be negative", max_new_tokens),
         ("temperature", temperature >= 0, "must be 0 (greedy) or more", temperature),
         ("top_p", 0 < top_p <= 1, "must be above 0 and at most 1", top_p),
     ]
-    problems = [Problem(name, rule, value=value) for name, fits, rule, value in rules if not fits]
-    if problems:
-        raise UserError(problems, "cannot generate")
+    return [Problem(name, rule, value=value) for name, fits, rule, value in rules if not fits]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dsllama.errors import Problem, UserError
-from dsllama.generation import KeyValueCache, generate_ids
+from dsllama.generation import KeyValueCache, generate_ids, sampling_problems
 
 IGNORE_INDEX = -100
 _STD = 0.02
@@ -229,13 +229,18 @@ class LLaMaTransformer(nn.Module):
         draw the same. Training's random state and mode are left as they were.
         Raises UserError for values out of range, an unknown eos_token or a model without a tokenizer.
         """
+        problems = sampling_problems(max_new_tokens, temperature, top_p)
+        eos_id = None
         if self.tokenizer is None:
             rule = "is needed to read text, and this model was built without one"
-            raise UserError(Problem("tokenizer", rule, "use generate_ids"), "cannot generate")
-        eos_id = None if eos_token is None else self.tokenizer.token_to_id(eos_token)
-        if eos_token is not None and eos_id is None:
-            remedy = "use <EOS>, or None to go on to max_new_tokens"
-            raise UserError(Problem("eos_token", "is not in the vocabulary", remedy, eos_token), "cannot generate")
+            problems.append(Problem("tokenizer", rule, "use generate_ids"))
+        elif eos_token is not None:
+            eos_id = self.tokenizer.token_to_id(eos_token)
+            if eos_id is None:
+                remedy = "use <EOS>, or None to go on to max_new_tokens"
+                problems.append(Problem("eos_token", "is not in the vocabulary", remedy, eos_token))
+        if problems:
+            raise UserError(problems, "cannot generate")
         ids = [self.tokenizer.sos_id, *self.tokenizer.encode(text)]
         new = generate_ids(self, ids, max_new_tokens, temperature, top_p, eos_id, seed)
         return self.tokenizer.decode([*ids, *new])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dsllama.errors import UserError
-from dsllama.generation import generate_ids, token_probabilities
+from dsllama.generation import KeyValueCache, generate_ids, token_probabilities
 from dsllama.model import LLaMaTransformer
 from tests.models import lively_model, model_config, random_tokens, transformers_twin
 
@@ -57,6 +57,18 @@ def test_greedy_ids_are_those_of_a_loop_without_cache(shape: dict[str, Any]) -> 
     assert generate_ids(model, PROMPT, 60, temperature=0) == greedy_without_cache(model, PROMPT, 60)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_with_a_cache_the_logits_are_those_of_the_last_position_alone(shape: dict[str, Any]) -> None:
+    model, tokens = lively_model(model_config(**shape)), random_tokens(2, 12)
+    cache = KeyValueCache(2, 12)
+    with torch.no_grad():
+        whole = model(tokens)
+        torch.testing.assert_close(model(tokens[:, :9], cache=cache), whole[:, 8:9])
+        for position in range(9, 12):
+            step = model(tokens[:, position : position + 1], cache=cache)
+            torch.testing.assert_close(step, whole[:, position : position + 1])
+
+
 @pytest.mark.parametrize("prompt_length", [1, 63, 64, 65, 200])
 def test_generation_goes_on_past_max_seq_len_by_reading_the_newer_half_anew(prompt_length: int) -> None:
     model, prompt = lively_model(model_config()), random_tokens(prompt_length).tolist()
@@ -79,7 +91,7 @@ def test_greedy_ids_are_those_of_transformers(shape: dict[str, Any]) -> None:
     (1.0, 0.6, [0, 0.625, 0, 0.375]),  # 0.3 crosses 0.6 and belongs to it
     (1.0, 0.85, [0.15 / 0.95, 0.5 / 0.95, 0, 0.3 / 0.95]),
     (1.0, 1e-9, [0, 1, 0, 0]),
-    (1e-9, 1.0, [0, 1, 0, 0]),
+    (1e-307, 1.0, [0, 1, 0, 0]),  # though logits / temperature is infinite
 ])
 def test_temperature_and_top_p_shape_the_distribution_as_defined(
     temperature: float, top_p: float, expected: list[float]
@@ -157,13 +169,18 @@ def test_the_prompt_comes_first_and_as_it_was_given(tiny_data: Any) -> None:
     ({"top_p": 0}, "top_p = 0: must be above 0 and at most 1"),
     ({"top_p": 1.5}, "top_p = 1.5"),
     ({"eos_token": "<END>"}, "eos_token = '<END>': is not in the vocabulary"),
-    ({"temperature": -1, "top_p": 2}, "2 problems"),
+    ({"max_new_tokens": -1, "temperature": -1, "top_p": 2, "eos_token": "<END>"}, "4 problems"),
 ])
 def test_values_out_of_range_are_the_users_error(tiny_data: Any, arguments: dict[str, Any], message: str) -> None:
     model = LLaMaTransformer(model_config(vocab_size=None), tiny_data.tokenizer)
     with pytest.raises(UserError) as error:
         model.generate("the", **arguments)
     assert message in str(error.value)
+
+
+def test_an_empty_prompt_of_ids_is_the_users_error_together_with_the_rest() -> None:
+    with pytest.raises(UserError, match=r"2 problems(.|\n)*top_p(.|\n)*prompt: must hold at least one token"):
+        generate_ids(LLaMaTransformer(model_config(), None), [], 5, top_p=0)
 
 
 def test_text_for_a_model_without_tokenizer_is_the_users_error() -> None:

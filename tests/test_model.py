@@ -117,6 +117,18 @@ def test_the_loss_starts_near_ln_of_the_vocabulary_at_any_shape(n_embd: int, n_l
     assert loss.item() == pytest.approx(math.log(2000), abs=0.1)
 
 
+def test_weights_are_drawn_with_the_documented_deviations() -> None:
+    torch.manual_seed(0)
+    config = model_config(n_embd=128, n_layers=8, vocab_size=1000)
+    branch = 0.02 / math.sqrt(2 * 8)
+    expected = {"o_proj": branch, "down_proj": branch, "lm_head": 1 / 128}
+    for name, weight in LLaMaTransformer(config, None).named_parameters():
+        if weight.dim() == 1:
+            assert torch.equal(weight, torch.ones(128)), name
+        else:  # 128 * 128 draws or more: their deviation is known to 0.6 %
+            assert weight.std().item() == pytest.approx(expected.get(name.split(".")[-2], 0.02), rel=0.03), name
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_activation_checkpointing_changes_neither_loss_nor_gradients(dropout: float) -> None:
     x, y = random_tokens(2, 16), random_tokens(2, 16, seed=2)
