@@ -117,7 +117,7 @@ class TrainingConfig(BaseModel):
     token_ckpt: Positive = 1_000_000_000
     """Tokens between two checkpoints."""
     load_ckpt: bool | str = False
-    """Resume: false starts anew; true takes ckpt_dir's newest whole checkpoint, auto does if there is one; or a path."""
+    """Resume: false starts anew; true takes ckpt_dir's newest whole checkpoint; auto does if any; or a path."""
     use_prev_scheduler: bool = True
     """At resume, go on with the checkpoint's schedule; false takes this configuration's."""
 

@@ -103,6 +103,7 @@ class Trainer:
         if job.resume_from is not None:
             self._resume(job.resume_from)
         self.first_update = self.update + 1
+        self.skipped = self.engine.skipped_steps
         # The textbook's engine reports no norm for fp32 at stage 0; there it is taken from the gradients themselves.
         self.norm_from_gradients = self.config.precision == "fp32" and job.topology["zero_stage"] == 0
         peak = self.config.peak_tflops or peak_tflops(world.device)
@@ -125,7 +126,7 @@ class Trainer:
                 self.update += 1
                 self.scheduler.step(self.update)
                 self.learning_rate = self.scheduler.get_current_lr()
-                loss, norm, somebody_stops = self._train_one_update()
+                loss, norm, somebody_stops = self.train_one_update()
                 first_loss = loss if self.update == self.first_update else first_loss
                 self._insist_on_finite(loss, norm)
                 validation = self._evaluate() if self._every(config.eval_interval) and self.job.validation else None
@@ -149,7 +150,7 @@ class Trainer:
             stopped_by if self.update < updates else "",
         )
 
-    def _train_one_update(self) -> tuple[float, float | None, bool]:
+    def train_one_update(self) -> tuple[float, float | None, bool]:
         """One optimizer update: (mean loss over all ranks and micro-steps, gradient norm, does anyone want to stop)."""
         steps = self.derived.gradient_accumulation_steps
         norm = None
@@ -295,14 +296,15 @@ class Trainer:
 
     def _insist_on_finite(self, loss: float, norm: float | None) -> None:
         """Stop before anything that is not finite can reach a checkpoint."""
-        skipped = norm is not None and not math.isfinite(norm) and self.engine.skipped_steps > 0
+        skipped, self.skipped = self.engine.skipped_steps > self.skipped, self.engine.skipped_steps
+        # What the engine skipped has not touched the weights: fp16 finds its loss scale that way.
         if math.isfinite(loss) and (norm is None or math.isfinite(norm) or skipped):
             return
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm}"
         last = self.update * self.derived.sequences_per_update
         raise TrainingFailed(
-            f"{what} at update {self.update} (samples {last - self.derived.sequences_per_update} to {last - 1}, learning "
-            f"rate {self.learning_rate:.3e}). Nothing of it was saved. {self._last_good()} "
+            f"{what} at update {self.update} (samples {last - self.derived.sequences_per_update} to {last - 1}, "
+            f"learning rate {self.learning_rate:.3e}). Nothing of it was saved. {self._last_good()} "
             "A lower --max_lr, more --warmup_iterations or --gradient_clipping 1.0 usually helps."
         )
 
