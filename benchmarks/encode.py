@@ -58,7 +58,7 @@ def measure(rounds: int, copies: int, workers: int) -> dict[str, Any]:
         with open(corpus.path, encoding="utf-8") as file:
             texts = [json.loads(line)["text"] for line in file]
         results: dict[str, Any] = {
-            "machine": {"processor": f"{platform.machine()}, Python {platform.python_version()}", "cores": os.cpu_count()},
+            "machine": {"processor": platform.machine(), "python": platform.python_version(), "cores": os.cpu_count()},
             "data": {"source": corpus.source, "bytes": corpus.bytes * copies, "documents": len(texts) * copies},
             "workers": workers,
             "speed": {},
@@ -188,7 +188,8 @@ def render(results: dict[str, Any]) -> str:
     first = results["memory"][0]["peak_bytes"]
     for row in results["memory"]:
         peak = row["peak_bytes"]
-        lines.append(f"{row['bytes'] / 1e6:>8.0f} MB of input: {peak / 2**20:>5.0f} MiB ({peak / first:.2f} x the first)")
+        ratio = f"{peak / first:.2f} x the first"
+        lines.append(f"{row['bytes'] / 1e6:>8.0f} MB of input: {peak / 2**20:>5.0f} MiB ({ratio})")
     return "\n".join(lines)
 
 

@@ -113,12 +113,15 @@ class Journal:
         if overwrite:
             _remove(folder, saved)
             saved = None
-        if saved is None:
+        if saved is None or not saved["shards"]:
             others = sorted(file.name for file in (*folder.glob(MANIFEST_NAME), *folder.glob("*.npy")))
             if others:
                 rule = f"holds {others[0]} already, not from an encoding that could go on"
                 raise UserError(Problem(str(folder), rule, _ANEW), _TITLE)
             return cls(folder, identity)
+        if saved["identity"]["on_error"] == "stop":
+            # Nothing was left out so far, so that "skip", from here on, gives what it would have from the beginning.
+            saved["identity"]["on_error"] = identity["on_error"]
         changes = list(_changes(saved["identity"], identity))
         if changes:
             raise UserError([Problem(str(folder), f"was begun otherwise: {c}", _ANEW) for c in changes], _TITLE)

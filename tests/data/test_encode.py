@@ -223,9 +223,9 @@ def test_what_changed_since_is_named_and_nothing_is_overwritten_unasked(tokenize
 
     assert f"{b} is no longer in the input" in refusal([a])
     assert "another order" in refusal([b, a])
-    message = refusal([source], shard_tokens=7, on_error="skip")
+    message = refusal([source], shard_tokens=7, text_field="body")
     assert "shard_tokens was 100000000, now 7" in message
-    assert "on_error was 'stop', now 'skip'" in message
+    assert "text_field was 'text', now 'body'" in message
     other = _changed(tokenizer, tmp_path / "t.json", lambda content: content["model"]["merges"].reverse())
     assert "tokenizer was 'sha256:" in refusal([source], other.path)
     _lines(a, ["fox fox"])
@@ -361,15 +361,29 @@ def test_bad_input_is_named_by_file_and_line_or_left_out_and_counted(tokenizer, 
     assert _ids(tmp_path / "out") == [n for text in ("fox", "dogs") for n in (0, *tokenizer.encode(text), 1)]
 
 
-def test_mended_input_after_an_error_needs_no_more_than_the_same_command_with_overwrite(tokenizer, tmp_path):
+def test_an_error_before_the_first_shard_leaves_nothing_to_go_on_from(tokenizer, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "fox"}\n{"text": "do\n')
     with pytest.raises(UserError, match=r"a\.jsonl:2"):
         _quiet([path], tokenizer.path, tmp_path / "out")
     _lines(path, ["fox", "dogs"])
-    with pytest.raises(UserError, match=r"a\.jsonl has changed since"):
-        _quiet([path], tokenizer.path, tmp_path / "out")
-    assert _quiet([path], tokenizer.path, tmp_path / "out", overwrite=True).documents == 2
+    assert _quiet([path], tokenizer.path, tmp_path / "out").documents == 2
+
+
+def test_after_an_error_an_encoding_goes_on_when_asked_to_skip_but_not_back_again(tokenizer, tmp_path):
+    a, b = _lines(tmp_path / "a.jsonl", ["fox"] * 10), tmp_path / "b.jsonl"
+    b.write_text('{\n{"text": "dogs"}\n')
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match=r"b\.jsonl:1"):
+        _quiet([a, b], tokenizer.path, out, shard_tokens=5)
+    kept = _files(out)
+    assert kept
+    manifest = _quiet([a, b], tokenizer.path, out, shard_tokens=5, on_error="skip")
+    assert kept.items() <= _files(out).items()
+    assert manifest.skipped == {"bad JSON": 1}
+    assert _ids(out) == [n for text in ["fox"] * 10 + ["dogs"] for n in (0, *tokenizer.encode(text), 1)]
+    with pytest.raises(UserError, match="on_error was 'skip', now 'stop'"):
+        _quiet([a, b], tokenizer.path, out, shard_tokens=5)
 
 
 @pytest.mark.parametrize(("options", "rule"), [

@@ -57,6 +57,7 @@ def test_transformers_gives_the_same_logits_and_the_same_greedy_text(
     assert logits.shape == ours.shape
     known = slice(model.known_tokens)
     torch.testing.assert_close(logits[..., known], ours[..., known], rtol=0, atol=1e-5)
+    assert ("lm_head.weight" in load_file(tmp_path / "hf" / "model.safetensors")) != model.config.tie_embeddings
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     for text in TEXTS:
         ids = theirs.generate(**tokenizer(text, return_tensors="pt"), max_new_tokens=20, do_sample=False)
