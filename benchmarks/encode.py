@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from benchmarks.machine import save
 from dsllama.data.bulk import BulkEncoder
 from dsllama.data.corpus import gather_stdlib_corpus
 from dsllama.data.encode import encode
@@ -37,7 +37,6 @@ from dsllama.data.tokenizer import Tokenizer, train_tokenizer
 LAYOUTS = ("large files", "small files")
 WAYS = ("simple", "ours", "no tiktoken")
 SIZES = (1, 2, 4)
-RESULTS = Path(__file__).parent / "results" / "encode.json"
 
 
 def simple(files: list[Path], tokenizer_path: Path, out: Path) -> None:
@@ -58,7 +57,6 @@ def measure(rounds: int, copies: int, workers: int) -> dict[str, Any]:
         with open(corpus.path, encoding="utf-8") as file:
             texts = [json.loads(line)["text"] for line in file]
         results: dict[str, Any] = {
-            "machine": {"processor": platform.machine(), "python": platform.python_version(), "cores": os.cpu_count()},
             "data": {"source": corpus.source, "bytes": corpus.bytes * copies, "documents": len(texts) * copies},
             "workers": workers,
             "speed": {},
@@ -188,8 +186,8 @@ def render(results: dict[str, Any]) -> str:
     first = results["memory"][0]["peak_bytes"]
     for row in results["memory"]:
         peak = row["peak_bytes"]
-        ratio = f"{peak / first:.2f} x the first"
-        lines.append(f"{row['bytes'] / 1e6:>8.0f} MB of input: {peak / 2**20:>5.0f} MiB ({ratio})")
+        size = f"{row['bytes'] / 1e6:>8.0f} MB of input"
+        lines.append(f"{size}: {peak / 2**20:>5.0f} MiB ({peak / first:.2f} x the first)")
     return "\n".join(lines)
 
 
@@ -204,9 +202,8 @@ def main() -> None:
     parser.add_argument("--copies", type=int, default=4, help="of the standard library's text, of about 10 MB each")
     parser.add_argument("--workers", type=int, default=2)
     results = measure(**vars(parser.parse_args()))
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(render(results))
+    save("encode", results)
 
 
 if __name__ == "__main__":

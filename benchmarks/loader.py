@@ -13,10 +13,7 @@ step, and each batch costs a change of threads. Ratios are taken within each rou
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from benchmarks.machine import save
 from dsllama.data.loader import DatasetLoader
 
 VOCAB_SIZE = 8192
@@ -37,7 +35,6 @@ GPU_FLOPS = 400e12  # assumed: about what one H100 sustains in bf16
 SHAPES = [(8, 1024), (8, 2048), (64, 1024), (64, 2048)]
 OURS = ("no thread", "in order", "shuffled")
 WAYS = ("copy", "textbook", *OURS)
-RESULTS = Path(__file__).parent / "results" / "loader.json"
 
 Step = Callable[[], Any]
 
@@ -71,7 +68,6 @@ def measure(shards: int = 3, tokens_per_shard: int = 100_000_000, rounds: int = 
         shapes = [measure_shape(folder, *shape, tokens_per_shard // 2, rounds, cpu_flops) for shape in SHAPES]
         start = measure_start(folder, rounds)
     return {
-        "machine": {"processor": _processor(), "cores": os.cpu_count(), "torch": torch.__version__},
         "data": {"shards": shards, "tokens_per_shard": tokens_per_shard, "dtype": "uint16", "rounds": rounds},
         "assumed": {"flops_per_token": MODEL_FLOPS_PER_TOKEN, "gpu_flops": GPU_FLOPS, "cpu_matmul_flops": cpu_flops},
         "shapes": shapes,
@@ -222,10 +218,6 @@ def _ratios(ours: list[float], others: list[float]) -> list[float]:
     return [a / b for a, b in zip(ours, others, strict=True)]
 
 
-def _processor() -> str:
-    return f"{platform.machine()}, Python {platform.python_version()}, NumPy {np.__version__}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="The data loader's speed, beside a copy and the textbook's.")
     parser.add_argument("--shards", type=int, default=3)
@@ -233,9 +225,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     logging.getLogger("dsllama.data").setLevel(logging.ERROR)  # the rounds go through several epochs
     results = measure(**vars(parser.parse_args()))
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(render(results))
+    save("loader", results)
 
 
 if __name__ == "__main__":

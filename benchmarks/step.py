@@ -10,9 +10,7 @@ ratio within a round. Same shape, precision, optimizer, clipping, micro-batch an
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,7 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results" / "step.json"
+from benchmarks.machine import save
+
 SHAPE = {"n_embd": 256, "n_heads": 4, "n_layers": 4, "multiple_of": 64, "max_seq_len": 256, "vocab_size": 8192}
 MICRO_BATCH = 4
 TOKENS_PER_MICRO_STEP = MICRO_BATCH * SHAPE["max_seq_len"]
@@ -42,11 +41,10 @@ def main() -> None:
     cases = [compare(stage, accumulation, rounds) for stage in (0, 1) for accumulation in (1, 8)]
     boundaries = {stage: boundary(cases, stage) for stage in (0, 1)}
     for stage, cost in boundaries.items():
-        print(f"ZeRO-{stage}: an update's boundary costs {cost['ours']:.1f} ms here, {cost['bare']:.1f} ms in the bare loop")
-    machine = {"processor": _processor(), "cores": os.cpu_count(), "python": platform.python_version()}
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({"machine": machine, "shape": SHAPE, "cases": cases, "boundary_ms": boundaries}, indent=1))
-    print(f"written to {RESULTS.relative_to(RESULTS.parent.parent.parent)}")
+        print(
+            f"ZeRO-{stage}: an update's boundary costs {cost['ours']:.1f} ms, in the bare loop {cost['bare']:.1f} ms"
+        )
+    save("step", {"shape": SHAPE, "cases": cases, "boundary_ms": boundaries})
 
 
 def compare(stage: int, accumulation: int, rounds: int) -> dict[str, Any]:
@@ -72,9 +70,16 @@ def compare(stage: int, accumulation: int, rounds: int) -> dict[str, Any]:
     spread = {name: [r[0], statistics.median(r), r[-1]] for name, r in ratios.items()}
     listing = ", ".join(f"{name} {rate:,.0f}" for name, rate in rates.items())
     told = ", ".join(f"{name} {low:.3f} {middle:.3f} {high:.3f}" for name, (low, middle, high) in spread.items())
-    print(f"ZeRO-{stage}, accumulation {accumulation}: tokens/s {listing}; ratios (min, median, max) {told}", flush=True)
-    return {"stage": stage, "accumulation": accumulation, "tokens_per_second": rates, "ratios": spread,
-            "seconds_per_update": seconds}
+    print(
+        f"ZeRO-{stage}, accumulation {accumulation}: tokens/s {listing}; ratios (min, median, max) {told}", flush=True
+    )
+    return {
+        "stage": stage,
+        "accumulation": accumulation,
+        "tokens_per_second": rates,
+        "ratios": spread,
+        "seconds_per_update": seconds,
+    }
 
 
 def boundary(cases: list[dict[str, Any]], stage: int) -> dict[str, float]:
@@ -91,12 +96,28 @@ class Contender:
     """A process that trains when it is told to and says how long that took."""
 
     def __init__(self, name: str, stage: int, accumulation: int) -> None:
-        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "RANK": "0", "LOCAL_RANK": "0",
-                       "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port(),
-                       "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"}
+        self.name = name
+        environment = {
+            **os.environ,
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": _free_port(),
+            "PYTHONWARNINGS": "ignore",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
         command = [sys.executable, "-m", "benchmarks.step", "--contender", name, str(stage), str(accumulation)]
-        self.process = subprocess.Popen(command, env=environment, text=True, stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            command,
+            env=environment,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
 
     def train(self, updates: int) -> float:
         """Seconds for so many updates."""
@@ -106,7 +127,7 @@ class Contender:
         for line in self.process.stdout:
             if line.startswith("SECONDS "):
                 return float(line.split()[1])
-        raise RuntimeError(f"{self.process.args} ended")
+        raise RuntimeError(f"{self.name} ended before it had trained")
 
     def end(self) -> None:
         self.process.kill()
@@ -129,8 +150,16 @@ def _config(stage: int, accumulation: int, folder: Path) -> Any:
 
     tokens = accumulation * TOKENS_PER_MICRO_STEP
     np.save(folder / "shard.npy", np.random.default_rng(0).integers(0, 8192, 2_000_000, dtype=np.uint16))
-    return TrainingConfig(**SHAPE, dataset_dir=str(folder), batch_size=MICRO_BATCH, tokens_per_update=tokens,
-                          training_tokens=MANY * tokens, precision="fp32", zero_stage=stage, warmup_iterations=10)
+    return TrainingConfig(
+        **SHAPE,
+        dataset_dir=str(folder),
+        batch_size=MICRO_BATCH,
+        tokens_per_update=tokens,
+        training_tokens=MANY * tokens,
+        precision="fp32",
+        zero_stage=stage,
+        warmup_iterations=10,
+    )
 
 
 def _one_core() -> None:
@@ -202,22 +231,46 @@ def _huggingface(stage: int, accumulation: int) -> None:
 
     _one_core()
     length = SHAPE["max_seq_len"]
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=8192, hidden_size=SHAPE["n_embd"], num_hidden_layers=SHAPE["n_layers"],
-        intermediate_size=ffn_hidden_size(SHAPE["n_embd"], SHAPE["multiple_of"]), num_attention_heads=SHAPE["n_heads"],
-        max_position_embeddings=length, tie_word_embeddings=False, use_cache=False))
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=8192,
+            hidden_size=SHAPE["n_embd"],
+            num_hidden_layers=SHAPE["n_layers"],
+            intermediate_size=ffn_hidden_size(SHAPE["n_embd"], SHAPE["multiple_of"]),
+            num_attention_heads=SHAPE["n_heads"],
+            max_position_embeddings=length,
+            tie_word_embeddings=False,
+            use_cache=False,
+        )
+    )
     rows = torch.randint(0, 8192, (4096, length), generator=torch.Generator().manual_seed(0))
     data = [{"input_ids": row, "labels": row} for row in rows]
     ds_json = {
-        "train_micro_batch_size_per_gpu": MICRO_BATCH, "gradient_accumulation_steps": accumulation,
-        "train_batch_size": MICRO_BATCH * accumulation, "gradient_clipping": 1.0,
-        "zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True, "steps_per_print": MANY,
+        "train_micro_batch_size_per_gpu": MICRO_BATCH,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": MICRO_BATCH * accumulation,
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": MANY,
     }
     arguments = transformers.TrainingArguments(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=MICRO_BATCH, gradient_accumulation_steps=accumulation,
-        max_steps=MANY, learning_rate=3e-4, weight_decay=0.1, adam_beta2=0.95, max_grad_norm=1.0, deepspeed=ds_json,
-        logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True,
-        optim="adamw_torch_fused")
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=MICRO_BATCH,
+        gradient_accumulation_steps=accumulation,
+        max_steps=MANY,
+        learning_rate=3e-4,
+        weight_decay=0.1,
+        adam_beta2=0.95,
+        max_grad_norm=1.0,
+        deepspeed=ds_json,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        optim="adamw_torch_fused",
+    )
 
     class OnCommand(transformers.TrainerCallback):
         """Waits for a command before an update, and answers after the last one that it asked for."""
@@ -244,12 +297,6 @@ def _free_port() -> str:
     from dsllama.training.engine import free_port
 
     return free_port()
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

@@ -7,12 +7,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from dsllama.data.tokenizer import Tokenizer, train_tokenizer
 from dsllama.training.engine import free_port
@@ -70,6 +72,15 @@ def options(settings: dict[str, Any]) -> list[str]:
     for name, value in settings.items():
         words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
     return words
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tiny tensors on one thread: more threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)

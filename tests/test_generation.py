@@ -17,13 +17,7 @@ from tests.models import lively_model, model_config, random_tokens, transformers
 PROMPT = [0, 7, 33, 4]
 SHAPES: list[dict[str, Any]] = [{}, {"n_kv_heads": 2}, {"n_kv_heads": 1, "use_flash_attention": False}]
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @torch.no_grad()

@@ -15,13 +15,7 @@ from dsllama.model import LLaMaTransformer, ffn_hidden_size, parameter_count
 from tests.conftest import run
 from tests.models import lively_model, model_config, random_tokens, transformers_twin
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def gradients(model: LLaMaTransformer, x: torch.Tensor, y: torch.Tensor) -> tuple[float, dict[str, torch.Tensor]]:

@@ -17,13 +17,7 @@ from tests.models import lively_model, model_config, random_tokens, transformers
 
 TEXTS = ["the quick brown", "", "  two  spaces\n\n", "a literal <EOS> and <SOU>", "\u00fcml\u00e4ut \U0001f600 \u4e2d"]
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
