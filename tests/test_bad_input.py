@@ -311,6 +311,8 @@ CHECKPOINTS: dict[str, tuple[list[Callable[[Run], None]], dict[str, Any], list[s
     ),
     "another stage": ([], {"load_ckpt": "true", "zero_stage": 3}, ["zero_stage", "1"]),
     "another precision": ([], {"load_ckpt": "true", "precision": "bf16"}, ["precision", "fp32"]),
+    "another order of the data": ([], {"load_ckpt": "true", "shuffle": "true"}, ["shuffle", "True", "False"]),
+    "other held-out data": ([], {"load_ckpt": "true", "validation_tokens": 500}, ["validation_tokens", "500"]),
     "asked for by name and truncated": (
         [damage(6, "truncated")],
         {"load_ckpt": "update_0000006"},

@@ -58,6 +58,9 @@ def main(argv: Sequence[str]) -> int:
             (Path(config.ckpt_dir) / name).write_text(text, encoding="utf-8")
     try:
         outcome = Trainer(job, world, StopRequest()).run()
+    except UserError as error:  # data that turn out bad on the way, on whichever rank reads them
+        print(f"rank {rank}: {error}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
     except TrainingFailed as error:
         return _complain(f"training stopped: {error}", rank, EXIT_FAILED)
     if world.is_main:
@@ -100,6 +103,9 @@ def prepare(config: TrainingConfig, rank: int, world_size: int) -> Job:
     with _collecting(problems):
         derived = derive(config, world_size, vocab_size)
         ds_json = deepspeed_config(config, derived, engine.accelerator())
+    if resume_from is not None and data is not None:
+        with _collecting(problems):
+            data[0].load_state_dict(resume_from.manifest["data"])
     if resume_from is not None and ds_json is not None:
         problems += checkpoints.misfits(resume_from, config, topology(config, ds_json, world_size), vocab_size)
     if problems:

@@ -283,7 +283,6 @@ class Trainer:
         except RuntimeError as error:
             raise TrainingFailed(f"the checkpoint could not be loaded: {error}") from None
         self.update = source.update
-        self.loader.load_state_dict(source.manifest["data"])
         theirs = {**source.manifest["schedule"], "current_step": 1}
         if not self.config.use_prev_scheduler:
             self.scheduler.load_state_dict(fresh)
