@@ -1,102 +1,93 @@
-"""Training tokens per second beside (a) a bare PyTorch loop and (b) Hugging Face Trainer with DeepSpeed.
+"""What a training step costs: `python -m benchmarks.step` writes benchmarks/results/step.json and prints a table.
 
-    python -m benchmarks.step [--quick]
+    one process per contender, all on one core with one thread -> in turn, round after round: a window of updates
 
-Each contender is a process of its own, on one core, with one thread. They stay alive side by side and train a
-window of updates in turn, so that whatever else the machine does meets all of them alike; what counts is the
-ratio within a round. Same shape, precision, optimizer, clipping, micro-batch and accumulation for all.
+`bare` is a plain PyTorch loop round the same model: fused AdamW, clipping, accumulation. No engine can do less.
+`ours` is the Trainer's own update: the DeepSpeed engine, the gradient norm, the all-reduce of the loss.
+`huggingface` is transformers' Trainer with DeepSpeed and a LlamaForCausalLM of the same shape, without logging,
+saving and evaluation. Shape, precision, micro-batch, optimizer and clipping are the same for all, and so is the
+number of parameters, which is checked.
+
+All processes live at once and only one trains at a time, each round in the other direction. Ratios are taken within
+a round, of wall time and of processor time: on a quiet machine both say the same, on a busy one the second
+leaves out the waiting for others. One update's boundary (clipping, optimizer and whatever an engine adds) follows
+from accumulation 1 and 8, with t linear in the accumulation: t(1) - (t(8) - t(1)) / 7.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
 
 from benchmarks.machine import save
+from dsllama.training.engine import free_port
 
 SHAPE = {"n_embd": 256, "n_heads": 4, "n_layers": 4, "multiple_of": 64, "max_seq_len": 256, "vocab_size": 8192}
 MICRO_BATCH = 4
 TOKENS_PER_MICRO_STEP = MICRO_BATCH * SHAPE["max_seq_len"]
+ACCUMULATIONS = (1, 8)
+UPDATES_PER_WINDOW = {1: 4, 8: 1}
 MANY = 10**6
+CLOCKS = ("wall", "processor")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    parser.add_argument("--contender", nargs=3, metavar=("NAME", "STAGE", "ACCUMULATION"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.contender:
-        name, stage, accumulation = options.contender
-        _CONTENDERS[name](int(stage), int(accumulation))
-        return
-    rounds = 3 if options.quick else 7
-    cases = [compare(stage, accumulation, rounds) for stage in (0, 1) for accumulation in (1, 8)]
-    boundaries = {stage: boundary(cases, stage) for stage in (0, 1)}
-    for stage, cost in boundaries.items():
-        print(
-            f"ZeRO-{stage}: an update's boundary costs {cost['ours']:.1f} ms, in the bare loop {cost['bare']:.1f} ms"
-        )
-    save("step", {"shape": SHAPE, "cases": cases, "boundary_ms": boundaries})
+class Case(NamedTuple):
+    """Who trains, and how. The bare loop knows no ZeRO and stands at stage 0 for every stage."""
+
+    name: str
+    precision: str
+    stage: int
+    accumulation: int
 
 
-def compare(stage: int, accumulation: int, rounds: int) -> dict[str, Any]:
-    """Seconds per update of every contender, round by round, and the ratios of their speeds."""
-    updates = 8 if accumulation == 1 else 1
-    contenders = {name: Contender(name, stage, accumulation) for name in _CONTENDERS}
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    try:
-        for number in range(rounds + 1):
-            for name, contender in contenders.items():
-                taken = contender.train(updates) / updates
-                if number > 0:  # the first round warms up
-                    seconds[name].append(taken)
-    finally:
-        for contender in contenders.values():
-            contender.end()
-    tokens = accumulation * TOKENS_PER_MICRO_STEP
-    rates = {name: tokens / statistics.median(taken) for name, taken in seconds.items()}
-    ratios = {
-        f"ours/{other}": sorted(b / a for a, b in zip(seconds["ours"], seconds[other], strict=True))
-        for other in ("bare", "huggingface")
-    }
-    spread = {name: [r[0], statistics.median(r), r[-1]] for name, r in ratios.items()}
-    listing = ", ".join(f"{name} {rate:,.0f}" for name, rate in rates.items())
-    told = ", ".join(f"{name} {low:.3f} {middle:.3f} {high:.3f}" for name, (low, middle, high) in spread.items())
-    print(
-        f"ZeRO-{stage}, accumulation {accumulation}: tokens/s {listing}; ratios (min, median, max) {told}", flush=True
-    )
-    return {
-        "stage": stage,
-        "accumulation": accumulation,
-        "tokens_per_second": rates,
-        "ratios": spread,
-        "seconds_per_update": seconds,
-    }
+def cases(precision: str, stages: tuple[int, ...]) -> list[Case]:
+    """Every contender of one table."""
+    ways = [("bare", 0), *((name, stage) for stage in stages for name in ("ours", "huggingface"))]
+    return [Case(name, precision, stage, number) for name, stage in ways for number in ACCUMULATIONS]
 
 
-def boundary(cases: list[dict[str, Any]], stage: int) -> dict[str, float]:
-    """Milliseconds per update beyond its micro-steps: t(1) - (t(8) - t(1)) / 7 with t linear in the accumulation."""
-    by_accumulation = {case["accumulation"]: case["seconds_per_update"] for case in cases if case["stage"] == stage}
-    cost = {}
-    for name in ("ours", "bare"):
-        one, eight = (statistics.median(by_accumulation[n][name]) for n in (1, 8))
-        cost[name] = 1000 * (one - (eight - one) / 7)
-    return cost
+Seconds = dict[Case, list[dict[str, float]]]
+"""Per case and round: seconds per update, of each clock."""
+
+
+def measure(precision: str, stages: tuple[int, ...], rounds: int) -> tuple[Seconds, int]:
+    """All windows of one table, and how many parameters each model has."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tokens = np.random.default_rng(0).integers(0, SHAPE["vocab_size"], 2_000_000, dtype=np.uint16)
+        np.save(folder / "shard.npy", tokens)
+        contenders: list[Contender] = []
+        try:
+            contenders += [Contender(case, folder) for case in cases(precision, stages)]
+            sizes = {contender.case: int(contender.answer("READY")[0]) for contender in contenders}
+            assert len(set(sizes.values())) == 1, f"the models differ: {sizes}"
+            seconds: Seconds = {contender.case: [] for contender in contenders}
+            for number in range(rounds):
+                for contender in contenders if number % 2 == 0 else reversed(contenders):
+                    seconds[contender.case].append(contender.train())
+        finally:
+            for contender in contenders:
+                contender.end()
+    return seconds, sizes[contenders[0].case]
 
 
 class Contender:
     """A process that trains when it is told to and says how long that took."""
 
-    def __init__(self, name: str, stage: int, accumulation: int) -> None:
-        self.name = name
+    def __init__(self, case: Case, folder: Path) -> None:
+        self.case = case
+        self._errors = folder / ("-".join(map(str, case)) + ".log")
         environment = {
             **os.environ,
             "DS_ACCELERATOR": "cpu",
@@ -105,61 +96,68 @@ class Contender:
             "LOCAL_RANK": "0",
             "WORLD_SIZE": "1",
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": _free_port(),
+            "MASTER_PORT": free_port(),
             "PYTHONWARNINGS": "ignore",
-            "TOKENIZERS_PARALLELISM": "false",
         }
-        command = [sys.executable, "-m", "benchmarks.step", "--contender", name, str(stage), str(accumulation)]
-        self.process = subprocess.Popen(
-            command,
-            env=environment,
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
+        command = [sys.executable, "-m", "benchmarks.step", "--contender", *map(str, case), "--folder", str(folder)]
+        with self._errors.open("w") as errors:
+            self._process = subprocess.Popen(
+                command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors
+            )
 
-    def train(self, updates: int) -> float:
-        """Seconds for so many updates."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(f"{updates}\n")
-        self.process.stdin.flush()
-        for line in self.process.stdout:
-            if line.startswith("SECONDS "):
-                return float(line.split()[1])
-        raise RuntimeError(f"{self.name} ended before it had trained")
+    def train(self) -> dict[str, float]:
+        """Seconds per update of one window."""
+        updates = UPDATES_PER_WINDOW[self.case.accumulation]
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{updates}\n")
+        self._process.stdin.flush()
+        return {clock: float(value) / updates for clock, value in zip(CLOCKS, self.answer("SECONDS"), strict=True)}
+
+    def answer(self, word: str) -> list[str]:
+        """What the process says after this word; whatever the libraries print is passed over."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith(word + " "):
+                return line.split()[1:]
+        raise RuntimeError(f"{self.case} ended too early:\n{self._errors.read_text()[-2000:]}")
 
     def end(self) -> None:
-        self.process.kill()
-        self.process.wait()
+        """End the process; it holds nothing that is worth saving."""
+        self._process.kill()
+        self._process.wait()
 
 
-def _obey(train: Callable[[], None]) -> None:
-    """Train as many updates as each line on standard input says."""
-    for line in sys.stdin:
-        begun = time.perf_counter()
-        for _ in range(int(line)):
+# ------------------------------------------------------------ the contenders, each in its own process
+
+
+def _await_windows(train: Callable[[], None], parameters: int) -> NoReturn:
+    """Warm up with one update, then train as many as each line on standard input says."""
+    train()
+    print(f"READY {parameters}", flush=True)
+    while True:
+        updates = _next_window()
+        clock = _Clock()
+        for _ in range(updates):
             train()
-        print(f"SECONDS {time.perf_counter() - begun}", flush=True)
+        clock.tell()
 
 
-def _config(stage: int, accumulation: int, folder: Path) -> Any:
-    import numpy as np
+def _next_window() -> int:
+    line = sys.stdin.readline()
+    if not line:  # whoever measures has gone
+        os._exit(0)
+    return int(line)
 
-    from dsllama.config import TrainingConfig
 
-    tokens = accumulation * TOKENS_PER_MICRO_STEP
-    np.save(folder / "shard.npy", np.random.default_rng(0).integers(0, 8192, 2_000_000, dtype=np.uint16))
-    return TrainingConfig(
-        **SHAPE,
-        dataset_dir=str(folder),
-        batch_size=MICRO_BATCH,
-        tokens_per_update=tokens,
-        training_tokens=MANY * tokens,
-        precision="fp32",
-        zero_stage=stage,
-        warmup_iterations=10,
-    )
+class _Clock:
+    """Runs from its construction until `tell`."""
+
+    def __init__(self) -> None:
+        self._begun = (time.perf_counter(), time.process_time())
+
+    def tell(self) -> None:
+        now = (time.perf_counter(), time.process_time())
+        print("SECONDS", *(end - start for start, end in zip(self._begun, now, strict=True)), flush=True)
 
 
 def _one_core() -> None:
@@ -170,48 +168,75 @@ def _one_core() -> None:
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
 
-def _bare(_stage: int, accumulation: int) -> None:
-    """The same model in a plain loop: the limit that an engine can only approach."""
+def _config(case: Case, folder: Path) -> Any:
+    from dsllama.config import TrainingConfig
+
+    tokens = case.accumulation * TOKENS_PER_MICRO_STEP
+    return TrainingConfig(
+        **SHAPE,
+        dataset_dir=str(folder),
+        batch_size=MICRO_BATCH,
+        tokens_per_update=tokens,
+        training_tokens=MANY * tokens,
+        precision=case.precision,
+        zero_stage=case.stage,
+        warmup_iterations=10,
+    )
+
+
+def _loader(config: Any) -> Any:
+    from dsllama.data.loader import DatasetLoader
+
+    return DatasetLoader(MICRO_BATCH, config.max_seq_len, 0, 1, config.dataset_dir, "cpu")
+
+
+def _bare(case: Case, folder: Path) -> NoReturn:
+    """In bf16 with fp32 weights for the optimizer, and gradients that accumulate in bf16."""
     import torch
 
-    from dsllama.data.loader import DatasetLoader
     from dsllama.model import LLaMaTransformer
 
-    _one_core()
-    folder = tempfile.TemporaryDirectory()
-    config = _config(0, accumulation, Path(folder.name))
+    config = _config(case, folder)
+    loader = _loader(config)
     model = LLaMaTransformer(config, None)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    loader = DatasetLoader(MICRO_BATCH, config.max_seq_len, 0, 1, folder.name, "cpu")
+    if case.precision == "bf16":
+        model.bfloat16()
+    weights = list(model.parameters())
+    masters = [weight.detach().float() for weight in weights] if case.precision == "bf16" else weights
+    optimizer = torch.optim.AdamW(
+        masters, lr=config.max_lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay, fused=True
+    )
 
     def train() -> None:
         total = 0.0
-        for _ in range(accumulation):
-            loss = model(*loader.get_batch()) / accumulation
+        for _ in range(case.accumulation):
+            loss = model(*loader.get_batch()) / case.accumulation
             loss.backward()
             total += loss.item()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if masters is not weights:
+            for master, weight in zip(masters, weights, strict=True):
+                assert weight.grad is not None
+                master.grad = weight.grad.float()
+        torch.nn.utils.clip_grad_norm_(masters, config.gradient_clipping)
         optimizer.step()
-        optimizer.zero_grad()
+        if masters is not weights:
+            torch._foreach_copy_([weight.detach() for weight in weights], masters)
+        model.zero_grad()
 
-    _obey(train)
+    _await_windows(train, sum(weight.numel() for weight in weights))
 
 
-def _ours(stage: int, accumulation: int) -> None:
-    """The trainer's own update, through the DeepSpeed engine."""
-    from dsllama.data.loader import DatasetLoader
+def _ours(case: Case, folder: Path) -> NoReturn:
     from dsllama.deepspeed_config import deepspeed_config
     from dsllama.derived import derive
     from dsllama.training import engine
     from dsllama.training.stopping import StopRequest
     from dsllama.training.trainer import Job, Trainer
 
-    _one_core()
-    folder = tempfile.TemporaryDirectory()
-    config = _config(stage, accumulation, Path(folder.name))
-    derived = derive(config, 1, 8192)
-    loader = DatasetLoader(MICRO_BATCH, config.max_seq_len, 0, 1, folder.name, "cpu")
-    job = Job(config, derived, deepspeed_config(config, derived, "cpu"), None, loader, None, None)  # type: ignore[arg-type]
+    config = _config(case, folder)
+    derived = derive(config, 1, SHAPE["vocab_size"])
+    ds_json = deepspeed_config(config, derived, "cpu")
+    job = Job(config, derived, ds_json, None, _loader(config), None, None)  # type: ignore[arg-type]
     trainer = Trainer(job, engine.start(0, 1), StopRequest())
 
     def train() -> None:
@@ -219,84 +244,194 @@ def _ours(stage: int, accumulation: int) -> None:
         trainer.scheduler.step(trainer.update)
         trainer.train_one_update()
 
-    _obey(train)
+    _await_windows(train, sum(weight.numel() for weight in trainer.engine.module.parameters()))
 
 
-def _huggingface(stage: int, accumulation: int) -> None:
-    """transformers' Trainer with DeepSpeed and a LlamaForCausalLM of the same shape."""
+def _huggingface(case: Case, folder: Path) -> None:
     import torch
     import transformers
 
-    from dsllama.model import ffn_hidden_size
+    from dsllama.training.engine import start
 
-    _one_core()
-    length = SHAPE["max_seq_len"]
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=8192,
-            hidden_size=SHAPE["n_embd"],
-            num_hidden_layers=SHAPE["n_layers"],
-            intermediate_size=ffn_hidden_size(SHAPE["n_embd"], SHAPE["multiple_of"]),
-            num_attention_heads=SHAPE["n_heads"],
-            max_position_embeddings=length,
-            tie_word_embeddings=False,
-            use_cache=False,
-        )
-    )
-    rows = torch.randint(0, 8192, (4096, length), generator=torch.Generator().manual_seed(0))
-    data = [{"input_ids": row, "labels": row} for row in rows]
-    ds_json = {
-        "train_micro_batch_size_per_gpu": MICRO_BATCH,
-        "gradient_accumulation_steps": accumulation,
-        "train_batch_size": MICRO_BATCH * accumulation,
-        "gradient_clipping": 1.0,
-        "zero_optimization": {"stage": stage},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": MANY,
-    }
+    config = _config(case, folder)
+    start(0, 1)  # joins the process group without compiling DeepSpeed's shared-memory all-reduce
+    model = transformers.LlamaForCausalLM(_llama(config))
+    parameters = sum(weight.numel() for weight in model.parameters())
+    tokens = torch.from_numpy(np.load(folder / "shard.npy").astype(np.int64))
+    rows = tokens[: len(tokens) // config.max_seq_len * config.max_seq_len].view(-1, config.max_seq_len)
     arguments = transformers.TrainingArguments(
-        output_dir=tempfile.mkdtemp(),
+        output_dir=str(folder),
         per_device_train_batch_size=MICRO_BATCH,
-        gradient_accumulation_steps=accumulation,
+        gradient_accumulation_steps=case.accumulation,
         max_steps=MANY,
-        learning_rate=3e-4,
-        weight_decay=0.1,
-        adam_beta2=0.95,
-        max_grad_norm=1.0,
-        deepspeed=ds_json,
+        learning_rate=config.max_lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.beta1,
+        adam_beta2=config.beta2,
+        max_grad_norm=config.gradient_clipping,
+        bf16=case.precision == "bf16",
+        deepspeed={
+            "train_micro_batch_size_per_gpu": MICRO_BATCH,
+            "gradient_accumulation_steps": case.accumulation,
+            "train_batch_size": MICRO_BATCH * case.accumulation,
+            "gradient_clipping": config.gradient_clipping,
+            "bf16": {"enabled": case.precision == "bf16"},
+            "zero_optimization": {"stage": case.stage},
+            "steps_per_print": MANY,
+        },
         logging_strategy="no",
+        logging_nan_inf_filter=False,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        dataloader_pin_memory=False,
         use_cpu=True,
         optim="adamw_torch_fused",
     )
 
-    class OnCommand(transformers.TrainerCallback):
-        """Waits for a command before an update, and answers after the last one that it asked for."""
+    class Windows(transformers.TrainerCallback):
+        """Counts updates from the end of one to the end of another, so that the reading of data is among them."""
 
-        left = 0
-
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            if self.left == 0:
-                self.left = int(sys.stdin.readline())
-                self.begun = time.perf_counter()
+        left = 1
+        clock: _Clock | None = None
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             self.left -= 1
-            if self.left == 0:
-                print(f"SECONDS {time.perf_counter() - self.begun}", flush=True)
+            if self.left:
+                return
+            if self.clock is None:
+                print(f"READY {parameters}", flush=True)
+            else:
+                self.clock.tell()
+            self.left = _next_window()
+            self.clock = _Clock()
 
-    transformers.Trainer(model=model, args=arguments, train_dataset=data, callbacks=[OnCommand()]).train()
+    data = [{"input_ids": row, "labels": row} for row in rows]
+    transformers.Trainer(model=model, args=arguments, train_dataset=data, callbacks=[Windows()]).train()
 
 
-_CONTENDERS: dict[str, Callable[[int, int], None]] = {"bare": _bare, "ours": _ours, "huggingface": _huggingface}
+def _llama(config: Any) -> Any:
+    """The same shape in transformers' words."""
+    import transformers
+
+    from dsllama.model import ffn_hidden_size
+
+    return transformers.LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.n_embd,
+        intermediate_size=ffn_hidden_size(config.n_embd, config.multiple_of),
+        num_hidden_layers=config.n_layers,
+        num_attention_heads=config.n_heads,
+        max_position_embeddings=config.max_seq_len,
+        rms_norm_eps=config.eps,
+        tie_word_embeddings=config.tie_embeddings,
+        use_cache=False,
+    )
 
 
-def _free_port() -> str:
-    from dsllama.training.engine import free_port
+_CONTENDERS: dict[str, Callable[[Case, Path], None]] = {"bare": _bare, "ours": _ours, "huggingface": _huggingface}
 
-    return free_port()
+
+# ------------------------------------------------------------ from seconds to figures
+
+
+def figures(seconds: Seconds, precision: str, stages: tuple[int, ...]) -> dict[str, Any]:
+    """What the table shows, of each clock: [median, least, greatest] over the rounds."""
+    return {
+        "updates": [
+            _update(seconds, precision, stage, accumulation) for stage in stages for accumulation in ACCUMULATIONS
+        ],
+        "boundaries": [_boundary(seconds, precision, stage) for stage in stages],
+    }
+
+
+def _update(seconds: Seconds, precision: str, stage: int, accumulation: int) -> dict[str, Any]:
+    found: dict[str, Any] = {"stage": stage, "accumulation": accumulation}
+    cases = {name: Case(name, precision, stage if name != "bare" else 0, accumulation) for name in _CONTENDERS}
+    for clock in CLOCKS:
+        taken = {name: np.array([window[clock] for window in seconds[case]]) for name, case in cases.items()}
+        tokens = accumulation * TOKENS_PER_MICRO_STEP
+        found[clock] = {
+            "tokens_per_second": {name: _spread(tokens / values) for name, values in taken.items()},
+            "ours/bare": _spread(taken["bare"] / taken["ours"]),
+            "ours/huggingface": _spread(taken["huggingface"] / taken["ours"]),
+            "huggingface/bare": _spread(taken["bare"] / taken["huggingface"]),
+        }
+    return found
+
+
+def _boundary(seconds: Seconds, precision: str, stage: int) -> dict[str, Any]:
+    """Milliseconds per update beyond its micro-steps, and how many of them are not in the bare loop."""
+    found: dict[str, Any] = {"stage": stage}
+    for clock in CLOCKS:
+        cost = {}
+        for name in _CONTENDERS:
+            pair = [Case(name, precision, stage if name != "bare" else 0, number) for number in ACCUMULATIONS]
+            one, many = (np.array([window[clock] for window in seconds[case]]) for case in pair)
+            few, more = ACCUMULATIONS
+            cost[name] = 1000 * (one - (many - one) / (more - few))
+        found[clock] = {f"{name}_ms": _spread(values) for name, values in cost.items()}
+        found[clock]["ours-bare_ms"] = _spread(cost["ours"] - cost["bare"])
+    return found
+
+
+def _spread(values: np.ndarray) -> list[float]:
+    return [round(float(value), 4) for value in (median(values), min(values), max(values))]
+
+
+def render(tables: dict[str, Any], rounds: int) -> str:
+    """The tables that people read."""
+    lines = []
+    for precision, table in tables.items():
+        millions = table["parameters"] / 1e6
+        lines += [
+            f"{precision}, {millions:.1f}M parameters, {TOKENS_PER_MICRO_STEP} tokens per micro-step, one core; "
+            f"median (least-greatest) of {rounds} rounds",
+            f"{'':>24} {'tokens/s: bare':>14} {'ours':>7} {'HF':>7} {'ours / bare':>22} {'ours / HF':>22}",
+        ]
+        for row in table["updates"]:
+            for clock in CLOCKS:
+                rates = {name: rate[0] for name, rate in row[clock]["tokens_per_second"].items()}
+                lines.append(
+                    f"ZeRO-{row['stage']} x{row['accumulation']} {clock + ' time':>15} {rates['bare']:>14,.0f} "
+                    f"{rates['ours']:>7,.0f} {rates['huggingface']:>7,.0f} "
+                    f"{_range(row[clock]['ours/bare'], 3):>22} {_range(row[clock]['ours/huggingface'], 3):>22}"
+                )
+        lines.append("an update's boundary, ms of processor time")
+        for row in table["boundaries"]:
+            costs = row["processor"]
+            told = ", ".join(f"{name} {_range(costs[name + '_ms'], 0)}" for name in (*_CONTENDERS, "ours-bare"))
+            lines.append(f"ZeRO-{row['stage']}: {told}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _range(values: list[float], digits: int) -> str:
+    middle, least, greatest = (f"{value:.{digits}f}" for value in values)
+    return f"{middle} ({least}-{greatest})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Training beside a bare loop and Hugging Face Trainer with DeepSpeed.")
+    parser.add_argument("--quick", action="store_true", help="ZeRO-1 only, fewer rounds")
+    parser.add_argument("--all", action="store_true", help="bf16 too")
+    parser.add_argument("--contender", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.contender:
+        name, precision, stage, accumulation = options.contender
+        _one_core()
+        _CONTENDERS[name](Case(name, precision, int(stage), int(accumulation)), options.folder)
+        return
+    stages, rounds = ((1,), 3) if options.quick else ((0, 1), 5)
+    tables = {}
+    for precision in ("fp32", "bf16") if options.all else ("fp32",):
+        seconds, parameters = measure(precision, stages, rounds)
+        tables[precision] = {"parameters": parameters, **figures(seconds, precision, stages)}
+    print(render(tables, rounds))
+    beside = {package: version(package) for package in ("transformers", "accelerate")}
+    shape = {**SHAPE, "micro_batch": MICRO_BATCH}
+    save("step", {"beside": beside, "shape": shape, "rounds": rounds, "precisions": tables})
 
 
 if __name__ == "__main__":
