@@ -27,7 +27,7 @@ setup(
         "matplotlib>=3.8",
         "tqdm>=4.60",
         "psutil>=5",
-        "tiktoken>=0.7",
+        "tiktoken>=0.13",
     ],
     extras_require={
         "formats": ["pyarrow>=14", "zstandard>=0.22"],

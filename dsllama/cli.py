@@ -56,6 +56,7 @@ def _parser() -> Parser:
     sub.add_argument("--out", type=Path, required=True, help="JSON file to write")
     sub.add_argument("--vocab_size", type=_count, default=8192, help="tokens, special ones included")
     sub.add_argument("--text_field", default="text", help="field or column that holds the text")
+    sub.add_argument("--on_error", choices=("stop", "skip"), default="stop", help="what to do with bad input")
     sub.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
     sub = add("encode", _encode, "turn raw text into .npy token shards")
@@ -128,6 +129,7 @@ def _tokenizer(options: argparse.Namespace) -> int:
         options.out,
         vocab_size=options.vocab_size,
         text_field=options.text_field,
+        on_error=options.on_error,
         overwrite=options.overwrite,
     )
     print(f"{options.out}: {tokenizer.vocab_size:,} tokens")

@@ -139,6 +139,7 @@ TRAINING: dict[str, tuple[Prepare, list[str]]] = {
     "nvme at stage 2": (some(zero_stage=2, offload_optimizer="nvme", nvme_path="/n"), ["zero_stage 3"]),
     "nvme nowhere": (some(zero_stage=3, offload_optimizer="nvme"), ["nvme_path", "must name a folder"]),
     "vocabulary too small": (some(vocab_size=100), ["vocab_size", "smaller than the tokenizer's"]),
+    "fp16 without a GPU": (some(precision="fp16"), ["precision", "needs a GPU"]),
     # --- configuration files
     "no such file": (some(config="nowhere.yaml"), ["nowhere.yaml", "no such configuration file", "configs/"]),
     "broken YAML": (config_file("batch_size: [1"), ["c.yaml:", "cannot be read as YAML"]),

@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import socket
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +21,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dsllama.config import TrainingConfig
+from dsllama.errors import Problem
 from dsllama.scheduler import DEEPSPEED_NAME, Scheduler
 
 Json = dict[str, Any]
@@ -72,6 +76,47 @@ def accelerator() -> str:
     """ "cuda" or "cpu": what DeepSpeed trains on here, and is told to."""
     # Left alone, DeepSpeed warns on a machine without a GPU that it could not find one.
     return os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def unsupported_here(config: TrainingConfig, ds_config: Json) -> list[Problem]:
+    """What this machine lacks for a run, found before DeepSpeed finds it deep inside."""
+    zero = ds_config["zero_optimization"]
+    devices = {zero.get(part, {}).get("device", "none") for part in ("offload_optimizer", "offload_param")}
+    on_cpu = accelerator() == "cpu"
+    problems = []
+    if config.precision == "fp16" and on_cpu:
+        problems.append(Problem("precision", "fp16 needs a GPU", "use bf16 or fp32", "fp16"))
+    if config.precision == "bf16" and not on_cpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        problems.append(Problem("precision", "this GPU has no bf16", "use fp16", "bf16"))
+    if not on_cpu and int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
+        rule = f"is more than the {torch.cuda.device_count()} GPUs of this host"
+        problems.append(Problem("ranks", rule, "use --num_gpus with the number of GPUs"))
+    builds_operations = bool(devices - {"none"}) and zero.get("offload_optimizer") is not None
+    if builds_operations or config.enable_compilation:
+        _find_ninja()
+        missing = {"c++": "g++", "ninja": "ninja"} if builds_operations else {"c++": "g++"} if on_cpu else {}
+        packages = [package for command, package in missing.items() if shutil.which(command) is None]
+        what = "offload_optimizer" if builds_operations else "enable_compilation"
+        if packages:
+            rule = f"compiles code at the start, and {' and '.join(packages)} cannot be found"
+            problems.append(Problem(what, rule, f"install {' and '.join(packages)}, or switch it off"))
+    if "nvme" in devices and not _has_libaio():
+        rule = "to nvme needs the headers of libaio to build DeepSpeed's async_io"
+        problems.append(Problem("offload", rule, "apt-get install libaio-dev (or libaio-devel), or offload to cpu"))
+    return problems
+
+
+def _find_ninja() -> None:
+    """DeepSpeed and torch look for ninja on PATH; pip put it beside our Python, which need not be there."""
+    beside = str(Path(sys.executable).parent)
+    if beside not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = beside + os.pathsep + os.environ.get("PATH", "")
+
+
+def _has_libaio() -> bool:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    return bool(AsyncIOBuilder().is_compatible(verbose=False))
 
 
 def build(model_factory: Callable[[], torch.nn.Module], ds_config: Json) -> tuple[Any, Scheduler]:

@@ -103,6 +103,7 @@ def prepare(config: TrainingConfig, rank: int, world_size: int) -> Job:
     with _collecting(problems):
         derived = derive(config, world_size, vocab_size)
         ds_json = deepspeed_config(config, derived, engine.accelerator())
+        problems += engine.unsupported_here(config, ds_json)
     if resume_from is not None and data is not None:
         with _collecting(problems):
             data[0].load_state_dict(resume_from.manifest["data"])
