@@ -9,7 +9,8 @@ import torch
 from dsllama.data.tokenizer import Tokenizer
 from dsllama.export.huggingface import export_huggingface
 from dsllama.model import LLaMaTransformer
-from dsllama.training.checkpoint import consolidated_weights, open_checkpoint
+from dsllama.training.checkpoint import open_checkpoint
+from dsllama.training.weights import consolidated_weights
 
 
 def load_model(checkpoint: str | Path, device: str | torch.device | None = None) -> LLaMaTransformer:

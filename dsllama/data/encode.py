@@ -115,8 +115,9 @@ def _write_shards(
     shard_tokens: int = journal.identity["shard_tokens"]
     stop = journal.identity["on_error"] == "stop"
     sizes = [path.stat().st_size for path in files]
+    total = sum(sizes)
     # More workers than blocks would only have to be started.
-    workers = max(1, min(workers, -(-sum(sizes) // BLOCK_BYTES)))
+    workers = max(1, min(workers, -(-total // BLOCK_BYTES)))
     place, used, skipped = journal.place, journal.used, Counter(journal.skipped)
 
     def new_writer() -> ShardWriter:
@@ -131,7 +132,7 @@ def _write_shards(
     journal.save()
     writer = new_writer()
     make = partial(BlockEncoder, tokenizer.backend.to_str())
-    bar = tqdm(total=sum(sizes), initial=sum(sizes[: place.file]), unit="B", unit_scale=True, desc="encoding",
+    bar = tqdm(total=total, initial=sum(sizes[: place.file]), unit="B", unit_scale=True, desc="encoding",
                disable=not progress or None)
     try:
         with bar, WorkerPool(workers, make) as pool:
@@ -148,7 +149,7 @@ def _write_shards(
                         writer = new_writer()
                 place, used = encoded.following, 0
                 bar.update(encoded.disk_bytes)
-            bar.update(bar.total - bar.n)
+            bar.update(total - bar.n)
         if writer.tokens:
             publish(place, 0)
     finally:

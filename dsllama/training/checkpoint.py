@@ -11,9 +11,7 @@ The newest folder whose manifest fits its files is the one to resume from.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import json
 import os
 import re
@@ -29,7 +27,7 @@ import torch.distributed as dist
 from dsllama.config import TrainingConfig, load_config
 from dsllama.errors import Problem, UserError
 from dsllama.training import engine as deepspeed_engine
-from dsllama.training.engine import TAG, World
+from dsllama.training.engine import World
 
 MANIFEST = "manifest.json"
 FORMAT = "dsllama-checkpoint-1"
@@ -232,27 +230,6 @@ def restore_random_state(state: dict[str, torch.Tensor], world: World) -> None:
 def seed_everything(seed: int) -> None:
     """The same start on every rank: weights drawn on any rank are the same weights."""
     torch.manual_seed(seed)
-
-
-# ---------------------------------------------------------------- weights alone
-
-
-def consolidated_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """The whole model's weights in fp32, from any ZeRO stage and number of ranks, in one process without a GPU.
-
-    The optimizer's fp32 copy where there is one (ZeRO 1 to 3), else the model's own.
-    """
-    if checkpoint.manifest["topology"]["zero_stage"] == 0:
-        file = checkpoint.path / TAG / "mp_rank_00_model_states.pt"
-        # DeepSpeed's file holds Python objects beside the tensors; the manifest's checksum says that it is ours.
-        state = torch.load(file, map_location="cpu", weights_only=False)["module"]
-        return {name: tensor.float() for name, tensor in state.items()}
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # It reports each file and draws progress bars; a user who generates a sentence wants the sentence.
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-        return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.path), tag=TAG)
 
 
 # ---------------------------------------------------------------- files

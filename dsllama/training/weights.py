@@ -1,0 +1,60 @@
+"""The whole model's weights from a checkpoint of any ZeRO stage, in one process and without a GPU.
+
+Taken from the optimizer's fp32 copy where there is one, else from the model's own. DeepSpeed's `zero_to_fp32`
+reads stages 1 to 3, but not what its BF16 optimizer writes (bf16 at stage 1): that one is put together here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsllama.training.checkpoint import Checkpoint
+from dsllama.training.engine import TAG
+
+
+def consolidated_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """All weights in fp32, by the model's names."""
+    folder = checkpoint.path / TAG
+    stage = checkpoint.manifest["topology"]["zero_stage"]
+    if stage == 0:
+        state = _load(folder / "mp_rank_00_model_states.pt")["module"]
+        return {name: tensor.float() for name, tensor in state.items()}
+    if next(folder.glob("bf16_zero_pp_rank_0_*"), None) is not None and stage == 1:
+        return _from_bf16_optimizer(folder, checkpoint.manifest["topology"]["ranks"])
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # It reports each file and draws progress bars; a user who generates a sentence wants the sentence.
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.path), tag=TAG)
+
+
+def _from_bf16_optimizer(folder: Path, ranks: int) -> dict[str, Tensor]:
+    """Each rank holds one flat slice per parameter group, and a table of which parameter lies where in it."""
+    model = _load(folder / "mp_rank_00_model_states.pt")
+    pieces: dict[str, list[Tensor]] = {}
+    for rank in range(ranks):
+        optimizer = _load(folder / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")["optimizer_state_dict"]
+        slices = zip(optimizer["single_partition_of_fp32_groups"], optimizer["param_slice_mappings"], strict=True)
+        for flat, table in slices:
+            for name, place in table.items():
+                pieces.setdefault(name, []).append(flat[place.start : place.start + place.numel])
+    shapes = {name: shape for group in model["param_shapes"] for name, shape in group.items()}
+    weights = {name: torch.cat(pieces[name]).view(shape) for name, shape in shapes.items()}
+    shared = model["shared_params"]
+    for alias, name in shared.items() if isinstance(shared, dict) else shared:
+        weights[alias] = weights[name]
+    return weights
+
+
+def _load(file: Path) -> Any:
+    # DeepSpeed's files hold Python objects beside the tensors. The manifest says that they are as we wrote them,
+    # not who wrote them: do not open checkpoints of people you do not trust.
+    return torch.load(file, map_location="cpu", weights_only=False)
