@@ -6,6 +6,7 @@ Each work-round says which behaviour of DeepSpeed (0.19) makes it necessary.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 import shutil
@@ -27,6 +28,8 @@ from dsllama.scheduler import DEEPSPEED_NAME, Scheduler
 
 Json = dict[str, Any]
 TAG = "engine"
+# From glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
@@ -64,6 +67,7 @@ def start(rank: int, world_size: int) -> World:
         torch.backends.cuda.matmul.allow_tf32 = True
     else:
         _share_cores(local_rank)
+        _keep_freed_memory()
         # Shared-memory all-reduce would be compiled at every first start (40 s) and is no faster than gloo.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     _set_default_timeout()
@@ -201,6 +205,14 @@ def _share_cores(local_rank: int) -> None:
         torch.set_num_threads(share)
     elif ranks > 1:
         torch.set_num_threads(1)
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc reuse the large buffers of each step instead of returning them: 13 % of a CPU step is page faults."""
+    libc = ctypes.CDLL(None)
+    if sys.platform == "linux" and hasattr(libc, "mallopt"):
+        for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 2**26)):
+            libc.mallopt(option, value)
 
 
 def _set_default_timeout() -> None:

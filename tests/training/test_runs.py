@@ -132,6 +132,18 @@ def test_a_checkpoint_of_any_stage_loads_in_one_process_with_the_plain_loops_wei
         assert float(weight.double().sum()) == pytest.approx(plain[name][0], rel=1e-3, abs=1e-3), name
 
 
+@pytest.mark.parametrize("ranks", (1, 2))
+@pytest.mark.parametrize("stage", (0, 1, 2))
+def test_the_fp32_weights_of_a_bf16_checkpoint_round_to_the_weights_that_were_trained(
+    campaign: Campaign, stage: int, ranks: int
+) -> None:
+    checkpoint = campaign.runs[f"bf16_stage{stage}_{ranks}"].checkpoint(UPDATES)
+    trained = torch.load(checkpoint / "engine" / "mp_rank_00_model_states.pt", weights_only=False)["module"]
+    consolidated = load_model(checkpoint).state_dict()
+    assert consolidated.keys() == trained.keys()
+    assert [name for name in trained if not torch.equal(consolidated[name].bfloat16(), trained[name])] == []
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_exported_checkpoint_of_any_stage_is_the_same_model_in_transformers(
     campaign: Campaign, tmp_path: Path, stage: int
