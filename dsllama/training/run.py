@@ -41,7 +41,9 @@ def main(argv: Sequence[str]) -> int:
     from dsllama.training import engine
 
     rank, world_size = engine.world_from_environment()
-    logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(message)s", stream=sys.stdout)
+    # Other packages' own words only from warnings upward: distutils, for one, prints its compiler commands.
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    logging.getLogger("dsllama").setLevel(logging.INFO if rank == 0 else logging.ERROR)
     try:
         config = _parse(argv)
         job = prepare(config, rank, world_size)
