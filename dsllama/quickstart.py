@@ -216,5 +216,8 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
-if __name__ == "__main__":
-    check_torch()
+if __name__ == "__main__":  # what `make` asks after it has installed PyTorch
+    try:
+        check_torch()
+    except UserError as error:
+        sys.exit(str(error))

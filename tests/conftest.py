@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,10 @@ import torch
 
 from dsllama.data.tokenizer import Tokenizer, train_tokenizer
 from dsllama.training.engine import free_port
+
+# A shell starts what it puts in the background with SIGINT ignored, and children inherit that: Ctrl-C could not be
+# tested there.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 VOCABULARY = 384

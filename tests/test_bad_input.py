@@ -178,6 +178,7 @@ TRAINING: dict[str, tuple[Prepare, list[str]]] = {
         ["sub_group_size", "nothing derives"],
     ),
     "section that is none": (overlay({"zero_optimization": 2}), ["zero_optimization", "must be a section"]),
+    "monitor that is not installed": (overlay({"comet": {"enabled": True}}), ["comet.enabled", "pip install comet_ml"]),
     "value that DeepSpeed refuses": (
         overlay({"zero_optimization": {"reduce_bucket_size": -5}}),
         ["DeepSpeed refuses", "reduce_bucket_size"],
@@ -283,6 +284,11 @@ def finished(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> R
     )
     launch_all([trained], 1)
     return trained
+
+
+def test_a_finished_run_says_that_nothing_is_left(finished: Run, capsys) -> None:
+    assert train(Run(finished.folder, {**finished.settings, "load_ckpt": "auto"}).words()) == 0
+    assert "nothing is left to train" in capsys.readouterr().out
 
 
 def damage(update: int, how: str) -> Callable[[Run], None]:

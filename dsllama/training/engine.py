@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.util
 import logging
 import os
 import shutil
@@ -104,6 +105,10 @@ def unsupported_here(config: TrainingConfig, ds_config: Json) -> list[Problem]:
         if packages:
             rule = f"compiles code at the start, and {' and '.join(packages)} cannot be found"
             problems.append(Problem(what, rule, f"install {' and '.join(packages)}, or switch it off"))
+    for monitor, package in (("wandb", "wandb"), ("comet", "comet_ml")):
+        # Without this, rank 0 would fail to import it and the others would wait for rank 0.
+        if ds_config[monitor]["enabled"] and importlib.util.find_spec(package) is None:
+            problems.append(Problem(f"{monitor}.enabled", f"needs the package {package}", f"pip install {package}"))
     if "nvme" in devices and not _has_libaio():
         rule = "to nvme needs the headers of libaio to build DeepSpeed's async_io"
         problems.append(Problem("offload", rule, "apt-get install libaio-dev (or libaio-devel), or offload to cpu"))

@@ -41,12 +41,22 @@ def main(argv: Sequence[str]) -> int:
     from dsllama.training import engine
 
     rank, world_size = engine.world_from_environment()
-    logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(message)s", stream=sys.stdout)
+    # Other packages' own words only from warnings upward: distutils, for one, prints its compiler commands.
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    logging.getLogger("dsllama").setLevel(logging.INFO if rank == 0 else logging.ERROR)
     try:
         config = _parse(argv)
         job = prepare(config, rank, world_size)
     except UserError as error:
         return _complain(str(error), rank, EXIT_USER_ERROR)
+    finished = job.resume_from
+    if finished is not None and finished.update >= job.derived.updates:
+        if rank == 0:
+            print(
+                f"nothing is left to train: {finished.path} has {finished.update} of {job.derived.updates} updates; "
+                "more --training_tokens go on from it"
+            )
+        return 0
     # Only now: torch's distributed and DeepSpeed's engine take seconds to import.
     from dsllama.training.stopping import StopRequest
     from dsllama.training.trainer import Trainer, TrainingFailed, run_files
@@ -96,8 +106,7 @@ def prepare(config: TrainingConfig, rank: int, world_size: int) -> Job:
     with _collecting(problems):
         data = _open_data(config, rank, world_size, tokenizer.vocab_size if tokenizer else None)
     with _collecting(problems):
-        Path(config.ckpt_dir).mkdir(parents=True, exist_ok=True)
-        Path(config.log_file).parent.mkdir(parents=True, exist_ok=True)
+        problems += _unwritable(ckpt_dir=Path(config.ckpt_dir), log_file=Path(config.log_file).parent)
     with _collecting(problems):
         resume_from = checkpoints.choose(config, warn=logging.getLogger("dsllama").warning)
     with _collecting(problems):
@@ -133,6 +142,17 @@ def _open_data(
     )
     train = opened(shuffle=config.shuffle, tokens_per_update=config.tokens_per_update)
     return train, opened(split="validation") if config.validation_tokens else None
+
+
+def _unwritable(**folders: Path) -> list[Problem]:
+    """The folders, made where they are missing, that nothing can be written to: better known now than at the end."""
+    for folder in folders.values():
+        folder.mkdir(parents=True, exist_ok=True)
+    return [
+        Problem(name, "is in a folder that cannot be written to", "give another place", str(folder))
+        for name, folder in folders.items()
+        if not os.access(folder, os.W_OK)
+    ]
 
 
 def _encoded_otherwise(config: TrainingConfig, fingerprint: str) -> list[Problem]:
