@@ -14,12 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,6 +39,7 @@ from dsllama.data.tokenizer import Tokenizer, train_tokenizer
 LAYOUTS = ("large files", "small files")
 WAYS = ("simple", "ours", "no tiktoken")
 SIZES = (1, 2, 4)
+LARGE_CHARACTERS = 2_500_000
 
 
 def simple(files: list[Path], tokenizer_path: Path, out: Path) -> None:
@@ -59,6 +62,7 @@ def measure(rounds: int, copies: int, workers: int) -> dict[str, Any]:
         results: dict[str, Any] = {
             "data": {"source": corpus.source, "bytes": corpus.bytes * copies, "documents": len(texts) * copies},
             "workers": workers,
+            "tiktoken": version("tiktoken"),
             "speed": {},
         }
         for layout in LAYOUTS:
@@ -70,11 +74,26 @@ def measure(rounds: int, copies: int, workers: int) -> dict[str, Any]:
 
 
 def _write(texts: list[str], copies: int, folder: Path, layout: str) -> list[Path]:
+    """Each copy has its documents in an order of its own, so that no two large files are the same."""
     folder.mkdir()
-    whole = ["\n".join(texts)] if layout == "large files" else texts
-    for number, text in enumerate(whole * copies):
-        (folder / f"{number:06}.txt").write_text(text, encoding="utf-8")
-    return sorted(folder.iterdir())
+    smallest = LARGE_CHARACTERS if layout == "large files" else 0
+    files: list[Path] = []
+    for copy in range(copies):
+        held: list[str] = []
+        for number in random.Random(copy).sample(range(len(texts)), len(texts)):
+            held.append(texts[number])
+            if sum(map(len, held)) >= smallest:
+                files.append(_write_file(folder, len(files), held))
+                held = []
+        if held:
+            files.append(_write_file(folder, len(files), held))
+    return files
+
+
+def _write_file(folder: Path, number: int, texts: list[str]) -> Path:
+    path = folder / f"{number:06}.txt"
+    path.write_text("\n".join(texts), encoding="utf-8")
+    return path
 
 
 def _speed(files: list[Path], tokenizer_path: Path, folder: Path, workers: int, rounds: int) -> dict[str, Any]:

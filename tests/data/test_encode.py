@@ -25,6 +25,7 @@ from dsllama.data.encode import encode
 from dsllama.data.manifest import Manifest
 from dsllama.data.pieces import PIECE_CHARACTERS, pieces_of_text
 from dsllama.data.tokenizer import SPECIAL_TOKENS, Tokenizer, train_tokenizer
+from dsllama.data.unpacking import BLOCK_BYTES
 from dsllama.data.workers import WorkerDied, WorkerPool
 from dsllama.errors import UserError
 
@@ -102,8 +103,11 @@ def test_shards_hold_every_document_in_order_between_sos_and_eos(source, tokeniz
 
 
 def test_the_shards_do_not_depend_on_the_number_of_workers(source, tokenizer, tmp_path):
+    more = _lines(tmp_path / "more.jsonl", [_prose(5000 + n, 300) for n in range(800)])
+    # Of a smaller input, fewer workers than were asked for would do the work.
+    assert sum(path.stat().st_size for path in (more, *source.iterdir())) > 2 * BLOCK_BYTES
     for workers in (1, 2, 3):
-        _quiet([source], tokenizer.path, tmp_path / str(workers), workers=workers, shard_tokens=100_001)
+        _quiet([source, more], tokenizer.path, tmp_path / str(workers), workers=workers, shard_tokens=100_001)
         assert _files(tmp_path / str(workers)) == _files(tmp_path / "1")
         assert Manifest.load(tmp_path / str(workers)) == Manifest.load(tmp_path / "1")
 
