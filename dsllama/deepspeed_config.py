@@ -248,7 +248,9 @@ _ORIGINS = {
 
 def _origin(path: tuple[str, ...]) -> str:
     zero = {"offload_optimizer": "offload_optimizer", "offload_param": "offload_params", "stage": "zero_stage"}
-    return zero.get(path[1], "nvme_path") if path[0] == "zero_optimization" else _ORIGINS[path[0]]
+    if path[-1] == "nvme_path":
+        return "nvme_path"
+    return zero[path[1]] if path[0] == "zero_optimization" else _ORIGINS[path[0]]
 
 
 def _unknown_keys(overlay: Json, config: TrainingConfig) -> Iterator[Problem]:

@@ -139,7 +139,10 @@ def _configuration(folder: Path, overrides: list[str]) -> TrainingConfig:
         name, equals, value = text.partition("=")
         if not equals:
             raise UserError(Problem(text, "must be FIELD=VALUE", "for example n_layers=6"))
-        changes[name] = yaml.safe_load(value)
+        try:
+            changes[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(Problem(name, "has a value that is not YAML", "put it in quotes", value)) from None
     return load_config(None, {**read_settings(_READY_CONFIGURATION), **paths, **changes})
 
 

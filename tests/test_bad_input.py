@@ -88,6 +88,11 @@ def tokenizer(text: str) -> Prepare:
     return prepare
 
 
+def notes_as_log(folder: Path, settings: dict[str, Any]) -> None:
+    (folder / "notes.txt").write_text("what I must not lose", encoding="utf-8")
+    settings["log_file"] = folder / "notes.txt"
+
+
 def file_in_the_way(folder: Path, settings: dict[str, Any]) -> None:
     (folder / "file").write_text("", encoding="utf-8")
     settings["ckpt_dir"] = folder / "file" / "checkpoints"
@@ -204,6 +209,9 @@ TRAINING: dict[str, tuple[Prepare, list[str]]] = {
         ["tok.json", "<SOS>"],
     ),
     "another tokenizer than the data's": (other_tokenizer, ["tokenizer_path", "not the tokenizer that encoded"]),
+    # --- log file
+    "log file that is something else": (notes_as_log, ["log_file", "a log of ours"]),
+    "log file where the plot goes": (some(log_file="loss.png"), ["log_file", ".png"]),
     # --- checkpoints
     "nothing to resume": (some(load_ckpt="true"), ["holds no checkpoint", "--load_ckpt false"]),
     "resume from nowhere": (some(load_ckpt="/nowhere/update_1"), ["/nowhere/update_1", "no such folder"]),
@@ -297,6 +305,10 @@ def damage(update: int, how: str) -> Callable[[Run], None]:
         file = max((folder / "engine").iterdir(), key=lambda p: p.stat().st_size)
         if how == "truncated":
             file.write_bytes(file.read_bytes()[:-1])
+        elif how == "flipped":
+            content = bytearray(file.read_bytes())
+            content[len(content) // 2] ^= 1
+            file.write_bytes(content)
         elif how == "missing":
             file.unlink()
         elif how == "no manifest":
@@ -326,6 +338,12 @@ CHECKPOINTS: dict[str, tuple[list[Callable[[Run], None]], dict[str, Any], list[s
         ["bytes instead of", "update_0000003"],
     ),
     "asked for by name and a file missing": ([damage(6, "missing")], {"load_ckpt": "update_0000006"}, ["is missing"]),
+    "asked for by name and one bit is another": ([damage(6, "flipped")], {"load_ckpt": "update_0000006"}, ["checksum"]),
+    "newer ones lie ahead": (
+        [],
+        {"load_ckpt": "update_0000003"},
+        ["update_0000006", "write over", "another --ckpt_dir"],
+    ),
     "manifest gone": ([damage(6, "no manifest")], {"load_ckpt": "update_0000006"}, ["no manifest.json"]),
     "manifest torn": ([damage(6, '{"format":')], {"load_ckpt": "update_0000006"}, ["cannot be read"]),
     "manifest of something else": (

@@ -11,12 +11,15 @@ The newest folder whose manifest fits its files is the one to resume from.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,8 @@ from dsllama.config import TrainingConfig, load_config
 from dsllama.errors import Problem, UserError
 from dsllama.training import engine as deepspeed_engine
 from dsllama.training.engine import World
+
+logger = logging.getLogger("dsllama")
 
 MANIFEST = "manifest.json"
 FORMAT = "dsllama-checkpoint-1"
@@ -67,19 +72,19 @@ def list_checkpoints(ckpt_dir: str | Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.removeprefix("update_")))
 
 
-def open_checkpoint(path: str | Path, checksums: bool = False) -> Checkpoint:
+def open_checkpoint(path: str | Path) -> Checkpoint:
     """The checkpoint in a folder; given a folder of checkpoints, its newest whole one.
 
-    checksums: also read every file and compare its sha256. Raises UserError with what is damaged.
+    Every file is read and its sha256 compared. Raises UserError with what is damaged.
     """
     path = Path(path)
     if not (path / MANIFEST).exists() and list_checkpoints(path):
-        newest = newest_whole(path)
+        newest = newest_whole(path, logger.warning)
         if newest is not None:
             return newest
-    manifest, reason = _read(path, checksums)
+    manifest, reason = _read(path)
     if reason:
-        others = [str(p) for p in list_checkpoints(path.parent) if p != path and not _read(p, False)[1]]
+        others = [str(p) for p in list_checkpoints(path.parent) if p != path and not _read(p, checksums=False)[1]]
         remedy = f"whole ones beside it: {', '.join(others[-3:])}" if others else "give the path of a checkpoint"
         raise UserError(
             Problem(str(path), f"is not a whole checkpoint: {reason}", remedy), "cannot load the checkpoint"
@@ -90,7 +95,7 @@ def open_checkpoint(path: str | Path, checksums: bool = False) -> Checkpoint:
 def newest_whole(ckpt_dir: str | Path, warn: Any = None) -> Checkpoint | None:
     """The newest whole checkpoint, or None; `warn` is called with a sentence for each damaged one passed over."""
     for path in reversed(list_checkpoints(ckpt_dir)):
-        manifest, reason = _read(path, False)
+        manifest, reason = _read(path)
         if not reason:
             return Checkpoint(path, manifest)
         if warn is not None:
@@ -117,7 +122,9 @@ def choose(config: TrainingConfig, warn: Any = None) -> Checkpoint | None:
             )
         return None
     if isinstance(config.load_ckpt, str) and config.load_ckpt != "auto":
-        return open_checkpoint(config.load_ckpt)
+        named = open_checkpoint(config.load_ckpt)
+        _refuse_to_overwrite(named, existing, config)
+        return named
     chosen = newest_whole(config.ckpt_dir, warn)
     if chosen is None and (existing or config.load_ckpt is True):
         rule = (
@@ -127,6 +134,16 @@ def choose(config: TrainingConfig, warn: Any = None) -> Checkpoint | None:
             Problem("ckpt_dir", rule, "use --load_ckpt false and an empty --ckpt_dir to start anew", config.ckpt_dir)
         )
     return chosen
+
+
+def _refuse_to_overwrite(chosen: Checkpoint, existing: list[Path], config: TrainingConfig) -> None:
+    """A resume from an older checkpoint, or from another run's, would replace what lies ahead of it in ckpt_dir."""
+    elsewhere = chosen.path.parent.resolve() != Path(config.ckpt_dir).resolve()
+    ahead = [p for p in existing if elsewhere or int(p.name.removeprefix("update_")) > chosen.update]
+    if ahead:
+        rule = f"holds {ahead[-1].name}, which a run from {chosen.path} would write over"
+        remedy = "use another --ckpt_dir, or move those checkpoints away"
+        raise UserError(Problem("ckpt_dir", rule, remedy, config.ckpt_dir))
 
 
 def misfits(checkpoint: Checkpoint, config: TrainingConfig, topology: dict[str, Any], vocab_size: int) -> list[Problem]:
@@ -140,9 +157,9 @@ def misfits(checkpoint: Checkpoint, config: TrainingConfig, topology: dict[str, 
     if checkpoint.manifest["vocab_size"] != vocab_size:
         problems.append(
             Problem(
-                "tokenizer_path",
+                "vocab_size" if config.vocab_size is not None else "tokenizer_path",
                 f"gives a vocabulary of {vocab_size}, the checkpoint has {checkpoint.manifest['vocab_size']}",
-                "use the tokenizer that lies in the checkpoint",
+                f"use the tokenizer that lies in the checkpoint, and vocab_size {theirs['vocab_size'] or 'null'}",
             )
         )
     saved = checkpoint.manifest["topology"]
@@ -174,33 +191,31 @@ def save(
     """
     final = folder / f"update_{update:07d}"
     aside = folder / f".writing-{final.name}"
-    if world.is_main:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    dist.barrier()
-    failure = ""
-    try:
+    with _all_or_none(world):
+        if world.is_main:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+    with _all_or_none(world):
         deepspeed_engine.save(engine, aside)
         torch.save(random_state(world), aside / f"random_rank_{world.rank}.pt")
         if world.is_main:
             for name, text in attachments.items():
                 (aside / name).write_text(text, encoding="utf-8")
-    except OSError as error:
-        failure = f"rank {world.rank}: {error}"
-    _raise_together(failure)
-    names = sorted(str(p.relative_to(aside)) for p in aside.rglob("*") if p.is_file())
-    mine = {name: _describe(aside / name) for name in names[world.rank :: world.size]}
+    mine = {}
+    with _all_or_none(world):
+        names = sorted(str(p.relative_to(aside)) for p in aside.rglob("*") if p.is_file())
+        mine = {name: _describe(aside / name) for name in names[world.rank :: world.size]}
     parts: list[dict[str, Any]] = [{}] * world.size
     dist.all_gather_object(parts, mine)
     files = {name: entry for part in parts for name, entry in part.items()}
     content = {"format": FORMAT, "update": update, **manifest, "files": dict(sorted(files.items()))}
-    if world.is_main:
-        _write_durably(aside / MANIFEST, json.dumps(content, indent=1))
-        if final.exists():  # a damaged one of the same update: a whole one is never saved twice
-            shutil.rmtree(final)
-        aside.rename(final)
-        _flush_folder(folder)
-    dist.barrier()
+    with _all_or_none(world):
+        if world.is_main:
+            _write_durably(aside / MANIFEST, json.dumps(content, indent=1))
+            if final.exists():  # a damaged one of the same update: kept, under a name that nobody resumes from
+                final.rename(final.with_name(f"damaged-{final.name}-{time.time_ns()}"))
+            aside.rename(final)
+            _flush_folder(folder)
     return Checkpoint(final, content)
 
 
@@ -235,7 +250,7 @@ def seed_everything(seed: int) -> None:
 # ---------------------------------------------------------------- files
 
 
-def _read(path: Path, checksums: bool) -> tuple[dict[str, Any], str]:
+def _read(path: Path, checksums: bool = True) -> tuple[dict[str, Any], str]:
     """(manifest, "") of a whole checkpoint, or ({}, what is wrong with it)."""
     if not path.is_dir():
         return {}, "there is no such folder"
@@ -290,9 +305,15 @@ def _flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _raise_together(failure: str) -> None:
-    """Raise OSError on every rank if it is not empty on any of them."""
-    failures: list[str] = [""] * dist.get_world_size()
+@contextlib.contextmanager
+def _all_or_none(world: World) -> Iterator[None]:
+    """Raise OSError on every rank if writing failed on any: a rank that left alone would hang the others."""
+    failure = ""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save tells of a full disk with a RuntimeError
+        failure = f"rank {world.rank}: {' '.join(str(error).split())[:300]}"
+    failures: list[str] = [""] * world.size
     dist.all_gather_object(failures, failure)
     text = "; ".join(filter(None, failures))
     if text:

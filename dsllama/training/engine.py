@@ -163,10 +163,29 @@ def plain_gradient_norm(engine: Any) -> float:
 
 
 def save(engine: Any, folder: Path) -> None:
-    """Write the engine's whole state under `folder`. Collective; returns when every rank has written."""
-    # `save_latest` writes its pointer before the other ranks have finished, so it is never used here.
-    engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+    """Write the engine's whole state under `folder`. Collective; returns when every rank has written.
+
+    Raises OSError on the ranks that could not write.
+    """
+    writer = engine.checkpoint_engine
+    failures: list[Exception] = []
+
+    def write(*arguments: Any, **options: Any) -> None:
+        # A rank that raised inside save_checkpoint would leave the others waiting in DeepSpeed's own barriers.
+        try:
+            type(writer).save(writer, *arguments, **options)
+        except Exception as error:
+            failures.append(error)
+
+    writer.save = write
+    try:
+        # `save_latest` writes its pointer before the other ranks have finished, so it is never used here.
+        engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+    finally:
+        del writer.save
     dist.barrier()
+    if failures:
+        raise OSError(str(failures[0]))
 
 
 def load(engine: Any, folder: Path) -> None:

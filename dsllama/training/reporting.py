@@ -126,7 +126,8 @@ def read_log(log_file: Path) -> list[dict[str, str]]:
     if not log_file.exists():
         return []
     with log_file.open(newline="", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if row.get("step") and row.get("time")]
+        # A row that a crash cut short lacks cells, or runs into the next one.
+        return [row for row in csv.DictReader(file) if None not in row and None not in row.values()]
 
 
 def plot_log(log_file: Path) -> Path:
@@ -155,12 +156,23 @@ def plot_log(log_file: Path) -> Path:
     return path
 
 
+def is_log(path: Path) -> bool:
+    """Whether a path is free for a log, or holds one of ours."""
+    if not path.exists():
+        return True
+    if path.is_dir() or path.suffix == ".png":
+        return False
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return file.readline().strip() in ("", ",".join(COLUMNS))
+
+
 def _split_log(log_file: Path, resumed_from: int) -> bool:
     """Keep the rows up to `resumed_from` and move the others aside; whether a usable log was there."""
     rows = read_log(log_file)
     superseded = [row for row in rows if int(row["step"]) > resumed_from]
     if superseded:
         _append(log_file.with_name(log_file.name + ".superseded"), superseded)
+    if rows:  # written anew in any case: what is appended must not continue a line that a crash cut short
         temporary = log_file.with_name(log_file.name + ".tmp")
         temporary.unlink(missing_ok=True)
         _append(temporary, [row for row in rows if int(row["step"]) <= resumed_from])

@@ -25,6 +25,7 @@ from dsllama.data.manifest import Manifest
 from dsllama.data.tokenizer import Tokenizer
 from dsllama.errors import EXIT_USER_ERROR, Problem, UserError
 from dsllama.sizes import readable, readable_duration
+from dsllama.training.reporting import is_log
 from dsllama.training.stopping import EXIT_STOPPED
 from dsllama.versions import versions
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:  # importing it for real takes seconds, which a mistake should
 
 EXIT_FAILED = 1
 # The launcher kills the other ranks as soon as one has left; the main rank needs this long to say why.
-_LET_MAIN_SPEAK_SECONDS = 3.0
+_LET_MAIN_SPEAK_SECONDS = 6.0
 
 
 def main(argv: Sequence[str]) -> int:
@@ -106,6 +107,9 @@ def prepare(config: TrainingConfig, rank: int, world_size: int) -> Job:
     with _collecting(problems):
         data = _open_data(config, rank, world_size, tokenizer.vocab_size if tokenizer else None)
     with _collecting(problems):
+        if not is_log(Path(config.log_file)) or Path(config.log_file).suffix == ".png":
+            rule = "must be a new file, or a log of ours, and not end in .png (the plot does)"
+            problems.append(Problem("log_file", rule, "give another name", config.log_file))
         problems += _unwritable(ckpt_dir=Path(config.ckpt_dir), log_file=Path(config.log_file).parent)
     with _collecting(problems):
         resume_from = checkpoints.choose(config, warn=logging.getLogger("dsllama").warning)
@@ -213,10 +217,11 @@ def _device() -> str:
 
 
 def _complain(text: str, rank: int, code: int) -> int:
-    if rank == 0:
-        print(text, file=sys.stderr, flush=True)
-    else:
+    if rank != 0:
+        # Where the main rank has the same to say, the launcher ends this one meanwhile; else this one says it.
         time.sleep(_LET_MAIN_SPEAK_SECONDS)
+        text = f"rank {rank}: {text}"
+    print(text, file=sys.stderr, flush=True)
     return code
 
 

@@ -273,8 +273,9 @@ class Trainer:
                 ) from None
         if self.report is not None:
             size = sum(entry["bytes"] for entry in self.last_checkpoint.manifest["files"].values())
+            with self._outside_the_clock():
+                self.report.plot()
             print(f"saved {self.last_checkpoint.path} ({size / 2**20:.0f} MiB in {clock.seconds:.1f} s)", flush=True)
-            self.report.plot()
 
     def _resume(self, source: Checkpoint) -> None:
         fresh = self.scheduler.state_dict()
@@ -283,6 +284,13 @@ class Trainer:
         except RuntimeError as error:
             raise TrainingFailed(f"the checkpoint could not be loaded: {error}") from None
         self.update = source.update
+        # DeepSpeed restores the optimizer with its old settings; what this run was asked for is what it must do.
+        for group in self.scheduler.optimizer.param_groups:
+            group.update(
+                betas=(self.config.beta1, self.config.beta2),
+                eps=self.config.adam_eps,
+                weight_decay=self.config.weight_decay,
+            )
         theirs = {**source.manifest["schedule"], "current_step": 1}
         if not self.config.use_prev_scheduler:
             self.scheduler.load_state_dict(fresh)
