@@ -62,13 +62,16 @@ def main(argv: Sequence[str]) -> int:
     from dsllama.training.stopping import StopRequest
     from dsllama.training.trainer import Trainer, TrainingFailed, run_files
 
+    # From here on a signal is a wish: one that comes while the engine is built is granted after the first update.
+    stop = StopRequest()
+    stop.listen()
     world = engine.start(rank, world_size)
     if world.is_main:
         _announce(job)
         for name, text in run_files(job).items():
             (Path(config.ckpt_dir) / name).write_text(text, encoding="utf-8")
     try:
-        outcome = Trainer(job, world, StopRequest()).run()
+        outcome = Trainer(job, world, stop).run()
     except UserError as error:  # data that turn out bad on the way, on whichever rank reads them
         print(f"rank {rank}: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR

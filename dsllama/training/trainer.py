@@ -116,7 +116,6 @@ class Trainer:
         """Train until training_tokens are reached or somebody asks to stop."""
         config, updates = self.config, self.derived.updates
         with self._reporting():
-            self.stop.listen()
             self.started = self.lap = time.perf_counter()
             self.idle = 0.0
             self.lap_update = self.update
