@@ -32,12 +32,11 @@ class ShardWriter:
     """Streams ids into one `.npy` file of at most `capacity` of them, and its checksum along."""
 
     def __init__(self, folder: Path, number: int, dtype: str, capacity: int, sos_id: int) -> None:
-        self.final = folder / f"shard_{number:05d}.npy"
+        self.final, self._aside = _paths(folder, number)
         self.tokens = self.documents = 0
         self._capacity = capacity
         self._sos_id = sos_id
         self._dtype = np.dtype(dtype).newbyteorder("<")
-        self._aside = folder / f".{self.final.name}.tmp"
         self._file = self._aside.open("w+b")
         # A full shard is the rule, so its header can be written, and counted into the checksum, before the ids.
         self._header = self._header_for(capacity)
@@ -110,6 +109,10 @@ class Journal:
         """
         path = folder / JOURNAL_NAME
         saved = _load(path)
+        if saved is not None and not (folder / MANIFEST_NAME).exists():
+            # A kill between the naming of a shard and its note here leaves one that does not exist.
+            for unnoted in _paths(folder, len(saved["shards"])):
+                unnoted.unlink(missing_ok=True)
         if overwrite:
             _remove(folder, saved)
             saved = None
@@ -163,6 +166,12 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def _paths(folder: Path, number: int) -> tuple[Path, Path]:
+    """A shard's own name, and the one under which it is written."""
+    final = folder / f"shard_{number:05d}.npy"
+    return final, folder / f".{final.name}.tmp"
 
 
 def _load(path: Path) -> dict[str, Any] | None:

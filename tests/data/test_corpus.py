@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import sysconfig
 from pathlib import Path
 
@@ -62,8 +63,8 @@ def test_a_corpus_that_is_there_is_kept_and_said_to_be(gathered):
     assert os.stat(gathered.path).st_mtime_ns == before
 
 
-def test_a_corpus_that_somebody_changed_is_not_overwritten(tmp_path):
-    gather_stdlib_corpus(tmp_path)
+def test_a_corpus_that_somebody_changed_is_not_overwritten(gathered, tmp_path):
+    shutil.copytree(Path(gathered.path).parent, tmp_path, dirs_exist_ok=True)
     (tmp_path / "stdlib.jsonl").write_text('{"text": "mine"}\n')
     with pytest.raises(UserError, match="not as it was gathered"):
         gather_stdlib_corpus(tmp_path)
@@ -72,7 +73,7 @@ def test_a_corpus_that_somebody_changed_is_not_overwritten(tmp_path):
 
 
 def test_a_corpus_whose_summary_is_missing_gets_it_again(gathered, tmp_path):
-    gather_stdlib_corpus(tmp_path)
+    shutil.copytree(Path(gathered.path).parent, tmp_path, dirs_exist_ok=True)
     (tmp_path / "summary.json").unlink()
     assert gather_stdlib_corpus(tmp_path).sha256 == gathered.sha256
     assert (tmp_path / "summary.json").exists()
