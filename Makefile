@@ -6,20 +6,24 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test long-test check bench install clean
+.PHONY: quickstart test long-test check replay bench install clean
 
 quickstart: install  ## raw text to a trained model, on whatever this machine has
 	@$(BIN)/dsllama quickstart $(ARGS)
 
 test: $(VENV)/.test  ## the whole test suite
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 long-test: $(VENV)/.test  ## the long campaigns
 	$(BIN)/python -m pytest -m long $(ARGS)
 
-check: $(VENV)/.test  ## lint and types
+check: $(VENV)/.test  ## lint, layout and types
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+replay: $(VENV)/.test  ## write tests/golden anew, where a change of the numbers is meant
+	$(BIN)/python -m tests.replay
 
 bench: $(VENV)/.test  ## what it costs, beside what a user would pick instead; results in benchmarks/results
 	$(BIN)/python -m benchmarks.loader

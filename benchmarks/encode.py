@@ -194,7 +194,8 @@ def render(results: dict[str, Any]) -> str:
         f"{data['bytes'] / 1e6:.0f} MB of text, {data['documents']:,} documents, {results['workers']} workers; "
         "median (least-greatest)",
         "",
-        f"{'':>12} {'files':>6} " + " ".join(f"{way + ', MB/s':>20}" for way in WAYS)
+        f"{'':>12} {'files':>6} "
+        + " ".join(f"{way + ', MB/s':>20}" for way in WAYS)
         + " ".join(f"{way + ' / simple':>22}" for way in WAYS[1:]),
     ]
     for layout, speed in results["speed"].items():

@@ -66,5 +66,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def _shorten(value: Any, width: int = 80) -> str:
+    # From the middle: of a path, the file's name at its end says most.
     text = repr(value)
-    return text if len(text) <= width else text[: width - 3] + "..."
+    half = (width - 3) // 2
+    return text if len(text) <= width else f"{text[:half]}...{text[-half:]}"

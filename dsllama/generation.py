@@ -72,7 +72,12 @@ def generate_ids(
 
 
 def _continue(
-    model: Any, ids: list[int], max_new_tokens: int, temperature: float, top_p: float, eos_id: int | None,
+    model: Any,
+    ids: list[int],
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    eos_id: int | None,
     generator: torch.Generator,
 ) -> list[int]:
     window = model.config.max_seq_len

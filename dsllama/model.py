@@ -109,7 +109,8 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         if self.fused:
             out = F.scaled_dot_product_attention(
-                q, k, v, dropout_p=dropout, is_causal=causal, enable_gqa=self.kv_heads != self.heads)
+                q, k, v, dropout_p=dropout, is_causal=causal, enable_gqa=self.kv_heads != self.heads
+            )
         else:
             out = _plain_attention(q, k, v, dropout, causal)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, D))
@@ -167,8 +168,14 @@ class LLaMaTransformer(nn.Module):
         # A padded vocabulary has rows that stand for no token: generation must not choose them.
         self.known_tokens: int = self.vocab_size if tokenizer is None else tokenizer.vocab_size
         if self.vocab_size < self.known_tokens:
-            raise UserError(Problem("vocab_size", f"must be at least the tokenizer's {self.known_tokens}",
-                                    f"use {self.known_tokens}, or leave it out", self.vocab_size))
+            raise UserError(
+                Problem(
+                    "vocab_size",
+                    f"must be at least the tokenizer's {self.known_tokens}",
+                    f"use {self.known_tokens}, or leave it out",
+                    self.vocab_size,
+                )
+            )
         with torch.device(device):
             self.embed_tokens = Embedding(self.vocab_size, config.n_embd)
             self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))

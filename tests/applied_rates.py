@@ -1,10 +1,5 @@
-"""Writes down, in a process of its own, the rate of each optimizer step that a DeepSpeed engine really makes.
+"""Writes down, in a rank of its own, the rate of each optimizer step that a DeepSpeed engine really makes."""
 
-python tests/applied_rates.py STAGE   ->  a JSON list of rates: 12 updates, with a save and a load after the 7th
-"""
-
-import json
-import sys
 import tempfile
 from pathlib import Path
 
@@ -49,14 +44,15 @@ def updates(engine, count: int, rates: list[float]) -> None:
     hook.remove()
 
 
-if __name__ == "__main__":
-    deepspeed_engine.start(0, 1)
-    stage, rates = int(sys.argv[1]), []
+def rates(stage: int) -> list[float]:
+    """The rates of 12 updates, with a save and a load after the 7th."""
+    deepspeed_engine.start(*deepspeed_engine.world_from_environment())
+    told: list[float] = []
     engine = build(stage)
-    updates(engine, 7, rates)
+    updates(engine, 7, told)
     with tempfile.TemporaryDirectory() as folder:
         deepspeed_engine.save(engine, Path(folder))
         engine = build(stage)
         deepspeed_engine.load(engine, Path(folder))
-    updates(engine, 5, rates)
-    print("RATES", json.dumps(rates))
+    updates(engine, 5, told)
+    return told

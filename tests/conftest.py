@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import signal
 import subprocess
@@ -11,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -19,6 +18,10 @@ import torch
 
 from dsllama.data.tokenizer import Tokenizer, train_tokenizer
 from dsllama.training.engine import free_port
+from tests.launches import once
+
+if TYPE_CHECKING:
+    from tests.campaign import Campaign
 
 # A shell starts what it puts in the background with SIGINT ignored, and children inherit that: Ctrl-C could not be
 # tested there.
@@ -54,7 +57,13 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PATH": path, **quiet}
 
 
-def run(*command: Any, cwd: Path = REPOSITORY, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+# A machine may be busy with other things: nothing is called hung before this many seconds.
+PATIENCE = 1800.0
+# For tests that start processes: retried once, which pytest's summary shows as RERUN.
+starts_processes = pytest.mark.flaky(reruns=1)
+
+
+def run(*command: Any, cwd: Path = REPOSITORY, timeout: float = PATIENCE) -> subprocess.CompletedProcess[str]:
     """Run a command as a user would; its output is in .stdout and .stderr."""
     return subprocess.run(
         [str(word) for word in command],
@@ -65,6 +74,13 @@ def run(*command: Any, cwd: Path = REPOSITORY, timeout: float = 300) -> subproce
         capture_output=True,
         check=False,
     )
+
+
+def one_clear_screen(captured: Any) -> str:
+    """The message on standard error, which must be short and no traceback."""
+    assert "Traceback" not in captured.err + captured.out
+    assert 0 < len(captured.err.splitlines()) <= 40
+    return captured.err
 
 
 def deepspeed_command(ranks: int, *script: Any) -> list[str]:
@@ -79,6 +95,16 @@ def options(settings: dict[str, Any]) -> list[str]:
     for name, value in settings.items():
         words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
     return words
+
+
+# These take longest; they come first, so that neither worker is left with one of them at the end.
+_LONGEST_FIRST = ["test_runs", "test_quickstart", "test_stopping", "test_resume", "test_journeys", "test_encode"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order the files by what they take, for `--dist loadfile` hands them out in order."""
+    places = {name: place for place, name in enumerate(_LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 @pytest.fixture
@@ -102,22 +128,46 @@ class TinyData:
     def settings(self) -> dict[str, Any]:
         return {**TINY, "dataset_dir": str(self.folder), "tokenizer_path": str(self.tokenizer.path)}
 
+    @classmethod
+    def made(cls, root: Path) -> TinyData:
+        """8,000 tokens with structure to learn, in ragged shards without a manifest, below `root`; made only once."""
+
+        def make(folder: Path) -> None:
+            (folder / "shards").mkdir(parents=True)
+            text = folder / "text.txt"
+            text.write_text("the quick brown fox jumps over the lazy dog, and the dog sleeps on\n" * 50, "utf-8")
+            tokenizer = train_tokenizer([text], folder / "tokenizer.json", vocab_size=VOCABULARY)
+            steps = np.random.Generator(np.random.PCG64(7)).integers(1, 4, 8000)
+            tokens = (np.cumsum(steps) % tokenizer.vocab_size).astype(np.uint16)
+            for number, part in enumerate(np.split(tokens, [1, 700, 703, 5000])):
+                np.save(folder / "shards" / f"part_{number}.npy", part)
+
+        folder = once(root / "tiny", make)
+        parts = [np.load(file) for file in sorted((folder / "shards").glob("*.npy"))]
+        return cls(folder / "shards", np.concatenate(parts), Tokenizer.load(folder / "tokenizer.json"))
+
 
 @pytest.fixture(scope="session")
-def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
-    """8,000 tokens with structure to learn, in ragged shards without a manifest."""
-    root = tmp_path_factory.mktemp("tiny")
-    text = root / "text.txt"
-    text.write_text("the quick brown fox jumps over the lazy dog, and the dog sleeps on\n" * 50, encoding="utf-8")
-    tokenizer = train_tokenizer([text], root / "tokenizer.json", vocab_size=VOCABULARY)
-    generator = np.random.Generator(np.random.PCG64(7))
-    steps = generator.integers(1, 4, 8000)
-    tokens = (np.cumsum(steps) % tokenizer.vocab_size).astype(np.uint16)
-    folder = root / "shards"
-    folder.mkdir()
-    for number, part in enumerate(np.split(tokens, [1, 700, 703, 5000])):
-        np.save(folder / f"part_{number}.npy", part)
-    return TinyData(folder, tokens, tokenizer)
+def shared_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A folder of this test run that both workers see."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own if worker_id == "master" else own.parent) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data(shared_folder: Path) -> TinyData:
+    """The tiny data set, the same for all tests of a run."""
+    return TinyData.made(shared_folder)
+
+
+@pytest.fixture(scope="session")
+def campaign(shared_folder: Path, tiny_data: TinyData) -> Campaign:
+    """The tiny trainings that many files look at."""
+    from tests.campaign import Campaign
+
+    return Campaign(shared_folder / "campaign", tiny_data)
 
 
 @dataclass(frozen=True)
@@ -140,11 +190,3 @@ class Run:
 
     def checkpoint(self, update: int) -> Path:
         return self.folder / "checkpoints" / f"update_{update:07d}"
-
-
-def launch_all(runs: list[Run], ranks: int) -> None:
-    """All runs in one real launch; fails with the launcher's output if one of them fails."""
-    plan = runs[0].folder.parent / f"plan_{runs[0].folder.name}_{ranks}.json"
-    plan.write_text(json.dumps([run.words() for run in runs]), encoding="utf-8")
-    result = run(*deepspeed_command(ranks, REPOSITORY / "tests" / "launched.py", plan))
-    assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]

@@ -14,8 +14,14 @@ from dsllama.model import LLaMaTransformer
 def model_config(**changes: Any) -> TrainingConfig:
     """A model that is small in every direction, with a vocabulary of 96."""
     small = {
-        "batch_size": 1, "n_embd": 32, "n_heads": 4, "n_layers": 2, "multiple_of": 16, "max_seq_len": 64,
-        "vocab_size": 96, "warmup_iterations": 0,
+        "batch_size": 1,
+        "n_embd": 32,
+        "n_heads": 4,
+        "n_layers": 2,
+        "multiple_of": 16,
+        "max_seq_len": 64,
+        "vocab_size": 96,
+        "warmup_iterations": 0,
     }
     return TrainingConfig(**{**small, **changes})
 
@@ -36,12 +42,20 @@ def transformers_twin(model: LLaMaTransformer) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     c = model.config
-    twin = LlamaForCausalLM(LlamaConfig(
-        vocab_size=model.vocab_size, hidden_size=c.n_embd, intermediate_size=model.layers[0].mlp.up_proj.out_features,
-        num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads or c.n_heads,
-        max_position_embeddings=c.max_seq_len, rms_norm_eps=c.eps, tie_word_embeddings=c.tie_embeddings,
-        rope_parameters={"rope_type": "default", "rope_theta": c.theta},
-    ))
+    twin = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=model.vocab_size,
+            hidden_size=c.n_embd,
+            intermediate_size=model.layers[0].mlp.up_proj.out_features,
+            num_hidden_layers=c.n_layers,
+            num_attention_heads=c.n_heads,
+            num_key_value_heads=c.n_kv_heads or c.n_heads,
+            max_position_embeddings=c.max_seq_len,
+            rms_norm_eps=c.eps,
+            tie_word_embeddings=c.tie_embeddings,
+            rope_parameters={"rope_type": "default", "rope_theta": c.theta},
+        )
+    )
     missing, unexpected = twin.load_state_dict(to_huggingface(model.state_dict()), strict=False)
     assert not missing and not unexpected
     return twin.eval()

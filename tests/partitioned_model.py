@@ -1,11 +1,7 @@
-"""Builds a model as ZeRO-3 does, in a process of its own, and says how it compares with one that is built whole.
-
-    python -m tests.partitioned_model      prints one JSON object
-"""
+"""Builds a model as ZeRO-3 does, in a rank of its own, and says how it compares with one that is built whole."""
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import torch
@@ -20,7 +16,9 @@ PROMPT = [0, 5, 17]
 def deepspeed_json(bf16: bool) -> dict[str, Any]:
     """ZeRO-3 that keeps no parameter whole between uses, however small."""
     return {
-        "train_micro_batch_size_per_gpu": 2, "gradient_clipping": 0.0, "bf16": {"enabled": bf16},
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_clipping": 0.0,
+        "bf16": {"enabled": bf16},
         "optimizer": {"type": "AdamW", "params": {"lr": 0.0, "torch_adam": True}},
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
     }
@@ -64,8 +62,9 @@ def report_of_engine() -> dict[str, Any]:
 
     x, y = random_tokens(2, 16), random_tokens(2, 16, seed=2)
     model = built(bf16=False, tied=False)
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()),
-                                      config=deepspeed_json(bf16=False))
+    engine, *_ = deepspeed.initialize(
+        model=model, model_parameters=list(model.parameters()), config=deepspeed_json(bf16=False)
+    )
     losses, ids = [], []
     for _ in range(2):
         loss = engine(x, y)
@@ -74,13 +73,17 @@ def report_of_engine() -> dict[str, Any]:
         losses.append(loss.item())
         ids.append(generate_ids(engine.module, PROMPT, 70, temperature=0))  # past max_seq_len
     reference = whole(tied=False)
-    return {"losses": losses, "ids": ids, "loss": reference(x, y).item(),
-            "reference_ids": generate_ids(reference, PROMPT, 70, temperature=0)}
+    return {
+        "losses": losses,
+        "ids": ids,
+        "loss": reference(x, y).item(),
+        "reference_ids": generate_ids(reference, PROMPT, 70, temperature=0),
+    }
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    deepspeed_engine.start(0, 1)
-    differences = {f"{'bf16' if bf16 else 'fp32'} {'tied' if tied else 'untied'}": largest_difference(bf16, tied)
-                   for bf16 in (False, True) for tied in (False, True)}
-    print(json.dumps({"differences": differences, **report_of_engine()}), flush=True)
+def report() -> dict[str, Any]:
+    """How models that are built partitioned differ from whole ones, and what an engine makes of one."""
+    deepspeed_engine.start(*deepspeed_engine.world_from_environment())
+    kinds = [(bf16, tied) for bf16 in (False, True) for tied in (False, True)]
+    named = {f"{'bf16' if bf16 else 'fp32'} {'tied' if tied else 'untied'}": (bf16, tied) for bf16, tied in kinds}
+    return {"differences": {name: largest_difference(*kind) for name, kind in named.items()}, **report_of_engine()}

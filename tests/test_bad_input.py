@@ -6,7 +6,6 @@ They go through the same `main` as `deepspeed launch/train.py` and `dsllama`; a 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from dsllama import cli
 from dsllama.data.encode import encode
 from dsllama.data.tokenizer import train_tokenizer
 from dsllama.training.run import main as train
-from tests.conftest import REPOSITORY, Run, TinyData, deepspeed_command, launch_all, options, run
+from tests.conftest import REPOSITORY, TinyData, deepspeed_command, one_clear_screen, options, run, starts_processes
 
 Prepare = Callable[[Path, dict[str, Any]], None]
 
@@ -235,13 +234,6 @@ VERBS: dict[str, tuple[list[str], list[str]]] = {
 }
 
 
-def one_clear_screen(captured: Any) -> str:
-    """The message on standard error, which must be short and no traceback."""
-    assert "Traceback" not in captured.err + captured.out
-    assert 0 < len(captured.err.splitlines()) <= 40
-    return captured.err
-
-
 @pytest.mark.parametrize("name", TRAINING)
 def test_training_refuses_with_a_clear_message(name: str, tiny_data: TinyData, tmp_path: Path, capsys) -> None:
     prepare, expected = TRAINING[name]
@@ -278,92 +270,9 @@ def test_everything_that_is_wrong_is_said_at_once(tiny_data: TinyData, tmp_path:
     assert all(part in message for part in ("no.json", "/no/data", "/no/checkpoint", "no_overlay.json"))
 
 
+@starts_processes
 def test_the_launcher_passes_the_message_and_the_code_on(tiny_data: TinyData, tmp_path: Path) -> None:
     settings = {**tiny_data.settings, "n_heads": 5, "max_Ir": 1}
     result = run(*deepspeed_command(2, "launch/train.py", *options(settings)))
     assert result.returncode == 2
     assert result.stderr.count("did you mean 'max_lr'") == 1 and "Traceback" not in result.stderr
-
-
-@pytest.fixture(scope="module")
-def finished(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    trained = Run(
-        tmp_path_factory.mktemp("finished"), {**tiny_data.settings, "training_tokens": 6 * 256, "token_ckpt": 768}
-    )
-    launch_all([trained], 1)
-    return trained
-
-
-def test_a_finished_run_says_that_nothing_is_left(finished: Run, capsys) -> None:
-    assert train(Run(finished.folder, {**finished.settings, "load_ckpt": "auto"}).words()) == 0
-    assert "nothing is left to train" in capsys.readouterr().out
-
-
-def damage(update: int, how: str) -> Callable[[Run], None]:
-    def apply(trained: Run) -> None:
-        folder = trained.checkpoint(update)
-        file = max((folder / "engine").iterdir(), key=lambda p: p.stat().st_size)
-        if how == "truncated":
-            file.write_bytes(file.read_bytes()[:-1])
-        elif how == "flipped":
-            content = bytearray(file.read_bytes())
-            content[len(content) // 2] ^= 1
-            file.write_bytes(content)
-        elif how == "missing":
-            file.unlink()
-        elif how == "no manifest":
-            (folder / "manifest.json").unlink()
-        else:
-            (folder / "manifest.json").write_text(how, encoding="utf-8")
-
-    return apply
-
-
-CHECKPOINTS: dict[str, tuple[list[Callable[[Run], None]], dict[str, Any], list[str]]] = {
-    "one that would be overwritten": ([], {}, ["holds 2 checkpoints", "--load_ckpt true"]),
-    "another width": ([], {"load_ckpt": "true", "n_embd": 64}, ["n_embd = 64", "32"]),
-    "another length": ([], {"load_ckpt": "true", "max_seq_len": 16}, ["max_seq_len = 16", "32"]),
-    "another pace": (
-        [],
-        {"load_ckpt": "true", "tokens_per_update": 512, "warmup_iterations": 1},
-        ["tokens_per_update = 512", "256"],
-    ),
-    "another stage": ([], {"load_ckpt": "true", "zero_stage": 3}, ["zero_stage", "1"]),
-    "another precision": ([], {"load_ckpt": "true", "precision": "bf16"}, ["precision", "fp32"]),
-    "another order of the data": ([], {"load_ckpt": "true", "shuffle": "true"}, ["shuffle", "True", "False"]),
-    "other held-out data": ([], {"load_ckpt": "true", "validation_tokens": 500}, ["validation_tokens", "500"]),
-    "asked for by name and truncated": (
-        [damage(6, "truncated")],
-        {"load_ckpt": "update_0000006"},
-        ["bytes instead of", "update_0000003"],
-    ),
-    "asked for by name and a file missing": ([damage(6, "missing")], {"load_ckpt": "update_0000006"}, ["is missing"]),
-    "asked for by name and one bit is another": ([damage(6, "flipped")], {"load_ckpt": "update_0000006"}, ["checksum"]),
-    "newer ones lie ahead": (
-        [],
-        {"load_ckpt": "update_0000003"},
-        ["update_0000006", "write over", "another --ckpt_dir"],
-    ),
-    "manifest gone": ([damage(6, "no manifest")], {"load_ckpt": "update_0000006"}, ["no manifest.json"]),
-    "manifest torn": ([damage(6, '{"format":')], {"load_ckpt": "update_0000006"}, ["cannot be read"]),
-    "manifest of something else": (
-        [damage(6, '{"format": "x", "files": {}}')],
-        {"load_ckpt": "update_0000006"},
-        ["format"],
-    ),
-    "none of them whole": ([damage(3, "truncated"), damage(6, "truncated")], {"load_ckpt": "true"}, ["none of the 2"]),
-}
-
-
-@pytest.mark.parametrize("name", CHECKPOINTS)
-def test_a_checkpoint_that_cannot_be_resumed_is_refused(name: str, finished: Run, tmp_path: Path, capsys) -> None:
-    damages, changes, expected = CHECKPOINTS[name]
-    copy = Run(tmp_path / "copy", {**finished.settings, **changes})
-    shutil.copytree(finished.folder, copy.folder)
-    for apply in damages:
-        apply(copy)
-    if str(changes.get("load_ckpt", "")).startswith("update_"):
-        copy.settings["load_ckpt"] = copy.folder / "checkpoints" / changes["load_ckpt"]
-    assert train(copy.words()) == 2
-    message = one_clear_screen(capsys.readouterr())
-    assert [word for word in expected if word not in message] == [], message

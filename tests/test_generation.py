@@ -74,19 +74,23 @@ def test_generation_goes_on_past_max_seq_len_by_reading_the_newer_half_anew(prom
 def test_greedy_ids_are_those_of_transformers(shape: dict[str, Any]) -> None:
     model = lively_model(model_config(**shape))
     prompt = torch.tensor([PROMPT])
-    theirs = transformers_twin(model).generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=50,
-                                               do_sample=False, eos_token_id=None)
+    theirs = transformers_twin(model).generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=50, do_sample=False, eos_token_id=None
+    )
     assert generate_ids(model, PROMPT, 50, temperature=0) == theirs[0, len(PROMPT) :].tolist()
 
 
-@pytest.mark.parametrize(("temperature", "top_p", "expected"), [
-    (1.0, 1.0, [0.15, 0.5, 0.05, 0.3]),
-    (0.5, 1.0, [0.0225 / 0.365, 0.25 / 0.365, 0.0025 / 0.365, 0.09 / 0.365]),  # p**2, normalized
-    (1.0, 0.6, [0, 0.625, 0, 0.375]),  # 0.3 crosses 0.6 and belongs to it
-    (1.0, 0.85, [0.15 / 0.95, 0.5 / 0.95, 0, 0.3 / 0.95]),
-    (1.0, 1e-9, [0, 1, 0, 0]),
-    (1e-307, 1.0, [0, 1, 0, 0]),  # though logits / temperature is infinite
-])
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "expected"),
+    [
+        (1.0, 1.0, [0.15, 0.5, 0.05, 0.3]),
+        (0.5, 1.0, [0.0225 / 0.365, 0.25 / 0.365, 0.0025 / 0.365, 0.09 / 0.365]),  # p**2, normalized
+        (1.0, 0.6, [0, 0.625, 0, 0.375]),  # 0.3 crosses 0.6 and belongs to it
+        (1.0, 0.85, [0.15 / 0.95, 0.5 / 0.95, 0, 0.3 / 0.95]),
+        (1.0, 1e-9, [0, 1, 0, 0]),
+        (1e-307, 1.0, [0, 1, 0, 0]),  # though logits / temperature is infinite
+    ],
+)
 def test_temperature_and_top_p_shape_the_distribution_as_defined(
     temperature: float, top_p: float, expected: list[float]
 ) -> None:
@@ -156,15 +160,18 @@ def test_the_prompt_comes_first_and_as_it_was_given(tiny_data: Any) -> None:
         assert model.generate(prompt, max_new_tokens=5, seed=0).startswith(prompt)
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({"max_new_tokens": -1}, "max_new_tokens = -1: must not be negative"),
-    ({"temperature": -0.1}, "temperature = -0.1: must be 0 (greedy) or more"),
-    ({"temperature": math.nan}, "temperature = nan"),
-    ({"top_p": 0}, "top_p = 0: must be above 0 and at most 1"),
-    ({"top_p": 1.5}, "top_p = 1.5"),
-    ({"eos_token": "<END>"}, "eos_token = '<END>': is not in the vocabulary"),
-    ({"max_new_tokens": -1, "temperature": -1, "top_p": 2, "eos_token": "<END>"}, "4 problems"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_new_tokens": -1}, "max_new_tokens = -1: must not be negative"),
+        ({"temperature": -0.1}, "temperature = -0.1: must be 0 (greedy) or more"),
+        ({"temperature": math.nan}, "temperature = nan"),
+        ({"top_p": 0}, "top_p = 0: must be above 0 and at most 1"),
+        ({"top_p": 1.5}, "top_p = 1.5"),
+        ({"eos_token": "<END>"}, "eos_token = '<END>': is not in the vocabulary"),
+        ({"max_new_tokens": -1, "temperature": -1, "top_p": 2, "eos_token": "<END>"}, "4 problems"),
+    ],
+)
 def test_values_out_of_range_are_the_users_error(tiny_data: Any, arguments: dict[str, Any], message: str) -> None:
     model = LLaMaTransformer(model_config(vocab_size=None), tiny_data.tokenizer)
     with pytest.raises(UserError) as error:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import sys
 from typing import Any
 
 import pytest
@@ -12,7 +10,6 @@ import torch
 
 from dsllama.errors import UserError
 from dsllama.model import LLaMaTransformer, ffn_hidden_size, parameter_count
-from tests.conftest import run
 from tests.models import lively_model, model_config, random_tokens, transformers_twin
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -47,10 +44,17 @@ def test_the_parameter_count_is_that_of_the_model_which_is_built(shape: dict[str
     assert parameter_count(config, 96)[1] == total - (0 if config.tie_embeddings else 96 * 32)
 
 
-@pytest.mark.parametrize("shape", [
-    {}, {"n_kv_heads": 2}, {"tie_embeddings": True}, {"n_kv_heads": 1, "tie_embeddings": True, "theta": 500_000.0},
-    {"max_seq_len": 2048, "n_layers": 1}, {"use_flash_attention": False, "n_kv_heads": 2},
-])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"n_kv_heads": 2},
+        {"tie_embeddings": True},
+        {"n_kv_heads": 1, "tie_embeddings": True, "theta": 500_000.0},
+        {"max_seq_len": 2048, "n_layers": 1},
+        {"use_flash_attention": False, "n_kv_heads": 2},
+    ],
+)
 def test_logits_agree_with_transformers_on_the_same_weights(shape: dict[str, Any]) -> None:
     model = lively_model(model_config(**shape))
     tokens = random_tokens(2, model.config.max_seq_len)
@@ -193,13 +197,3 @@ def test_a_vocabulary_without_room_for_the_tokenizer_is_the_users_error(tiny_dat
     size = tiny_data.tokenizer.vocab_size
     with pytest.raises(UserError, match=f"vocab_size = {size - 1}: must be at least the tokenizer's {size}"):
         LLaMaTransformer(model_config(vocab_size=size - 1), tiny_data.tokenizer)
-
-
-def test_a_model_partitioned_while_it_is_built_has_the_same_weights_losses_and_generations() -> None:
-    result = run(sys.executable, "-m", "tests.partitioned_model")
-    assert result.returncode == 0, result.stderr[-4000:]
-    report = json.loads(result.stdout.splitlines()[-1])
-    assert report["differences"] == dict.fromkeys(["fp32 untied", "fp32 tied", "bf16 untied", "bf16 tied"], 0.0)
-    # Generating between two training steps leaves the second as it would have been.
-    assert report["losses"] == pytest.approx([report["loss"]] * 2, rel=1e-6)
-    assert report["ids"] == [report["reference_ids"]] * 2

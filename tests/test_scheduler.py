@@ -42,7 +42,10 @@ def scheduler(torch_optimizer: Any = None, schedule: Schedule = "cosine", **chan
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @given(
-    w=st.integers(0, 300), d=st.integers(1, 3000), u=st.integers(0, 4000), high=st.floats(1e-6, 1),
+    w=st.integers(0, 300),
+    d=st.integers(1, 3000),
+    u=st.integers(0, 4000),
+    high=st.floats(1e-6, 1),
     share=st.floats(0, 1),
 )
 @settings(max_examples=60, derandomize=True, deadline=None)
@@ -102,7 +105,8 @@ def test_after_the_last_update_the_rate_stays_and_one_warning_says_so(
             ours.step(update)
             assert ours.get_current_lr() == final == ours.optimizer.param_groups[0]["lr"]
     assert [record.getMessage() for record in caplog.records] == [
-        f"past the schedule's {N} updates: the learning rate stays where it ended"]
+        f"past the schedule's {N} updates: the learning rate stays where it ended"
+    ]
 
 
 def test_steps_without_numbers_warn_once_too(caplog: pytest.LogCaptureFixture) -> None:
@@ -148,15 +152,18 @@ def test_an_optimizer_can_be_linked_later() -> None:
     assert ours.optimizer.param_groups[0]["lr"] == pytest.approx(textbook(7, "cosine"))
 
 
-@pytest.mark.parametrize(("schedule", "changes", "message"), [
-    ("cosin", {}, "cosine, linear or constant, not 'cosin'"),
-    ("cosine", {"training_steps": 0, "warmup_steps": 0}, "training_steps >= 1"),
-    ("constant", {"warmup_steps": -1}, "warmup_steps >= 0"),
-    ("linear", {"warmup_steps": N}, "warmup_steps < training_steps"),
-    ("cosine", {"min_lr": 2 * MAX}, "min_lr <= max_lr"),
-    ("linear", {"min_lr": -MIN}, "0 <= min_lr"),
-    ("cosine", {"max_lr": math.nan}, "min_lr <= max_lr"),
-])
+@pytest.mark.parametrize(
+    ("schedule", "changes", "message"),
+    [
+        ("cosin", {}, "cosine, linear or constant, not 'cosin'"),
+        ("cosine", {"training_steps": 0, "warmup_steps": 0}, "training_steps >= 1"),
+        ("constant", {"warmup_steps": -1}, "warmup_steps >= 0"),
+        ("linear", {"warmup_steps": N}, "warmup_steps < training_steps"),
+        ("cosine", {"min_lr": 2 * MAX}, "min_lr <= max_lr"),
+        ("linear", {"min_lr": -MIN}, "0 <= min_lr"),
+        ("cosine", {"max_lr": math.nan}, "min_lr <= max_lr"),
+    ],
+)
 def test_numbers_that_make_no_schedule_are_refused(schedule: Any, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         scheduler(None, schedule, **changes)

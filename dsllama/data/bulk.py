@@ -82,7 +82,8 @@ def _unfit(tokenizer: Tokenizer) -> str:
         and not splitter.get("add_prefix_space")
         and splitter.get("use_regex", True)
         and not any(model.get(option) for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"))
-        and not model.get("byte_fallback") and not model.get("ignore_merges")
+        and not model.get("byte_fallback")
+        and not model.get("ignore_merges")
         and all(token["special"] for token in described["added_tokens"])
     )
     if not plain:

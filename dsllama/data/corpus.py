@@ -19,10 +19,23 @@ from dsllama.errors import Problem, UserError
 from dsllama.sizes import readable
 
 # Tests and demonstrations, what some builds leave out, what is installed besides, and the topics a second time.
-_LEFT_OUT = frozenset((
-    "test", "tests", "idlelib", "idle_test", "lib2to3", "turtledemo", "ensurepip", "tkinter", "distutils",
-    "site-packages", "dist-packages", "__pycache__", "pydoc_data",
-))
+_LEFT_OUT = frozenset(
+    (
+        "test",
+        "tests",
+        "idlelib",
+        "idle_test",
+        "lib2to3",
+        "turtledemo",
+        "ensurepip",
+        "tkinter",
+        "distutils",
+        "site-packages",
+        "dist-packages",
+        "__pycache__",
+        "pydoc_data",
+    )
+)
 _SMALLEST = 5_000_000
 
 
@@ -39,8 +52,10 @@ class CorpusSummary:
     reused: bool = False
 
     def __str__(self) -> str:
-        text = (f"{self.path}: {self.documents:,} documents, {readable(self.bytes)}B of text from {self.source} "
-                f"({self.licence} licence)")
+        text = (
+            f"{self.path}: {self.documents:,} documents, {readable(self.bytes)}B of text from {self.source} "
+            f"({self.licence} licence)"
+        )
         return text + (", kept as it was" if self.reused else "")
 
 
@@ -63,8 +78,14 @@ def gather_stdlib_corpus(out: str | Path, stdlib: str | Path | None = None) -> C
     documents = sorted(_documents(root), key=lambda document: hashlib.sha256(document[0].encode()).digest())
     size = sum(len(text.encode()) for _, text in documents)
     if size < _SMALLEST:
-        raise UserError(Problem(str(root), f"has only {readable(size)}B of Python sources: a zipped or minimal Python",
-                                "use a Python with its sources, or bring your own text (see the README)"), "no corpus")
+        raise UserError(
+            Problem(
+                str(root),
+                f"has only {readable(size)}B of Python sources: a zipped or minimal Python",
+                "use a Python with its sources, or bring your own text (see the README)",
+            ),
+            "no corpus",
+        )
     try:
         out.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".tmp")
@@ -73,8 +94,12 @@ def gather_stdlib_corpus(out: str | Path, stdlib: str | Path | None = None) -> C
         sha256 = _sha256(temporary)
         if path.exists() and _sha256(path) != sha256:
             temporary.unlink()
-            raise UserError(Problem(str(path), "is there already, and not as it was gathered",
-                                    "move it away, or give another folder"), "no corpus")
+            raise UserError(
+                Problem(
+                    str(path), "is there already, and not as it was gathered", "move it away, or give another folder"
+                ),
+                "no corpus",
+            )
         temporary.replace(path)
         source = f"CPython {platform.python_version()}'s standard library" if stdlib is None else str(root)
         summary = CorpusSummary(str(path), len(documents), size, sha256, source)

@@ -132,8 +132,14 @@ def _write_shards(
     journal.save()
     writer = new_writer()
     make = partial(BlockEncoder, tokenizer.backend.to_str())
-    bar = tqdm(total=total, initial=sum(sizes[: place.file]), unit="B", unit_scale=True, desc="encoding",
-               disable=not progress or None)
+    bar = tqdm(
+        total=total,
+        initial=sum(sizes[: place.file]),
+        unit="B",
+        unit_scale=True,
+        desc="encoding",
+        disable=not progress or None,
+    )
     try:
         with bar, WorkerPool(workers, make) as pool:
             for encoded in pool.in_order(blocks(files, journal.identity["text_field"], place)):

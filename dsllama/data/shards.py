@@ -206,5 +206,6 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
         yield "the files were in another order"
     yield from (
         f"{name} was {old.get(name)!r}, now {new[name]!r}"
-        for name in new if name != "input" and old.get(name) != new[name]
+        for name in new
+        if name != "input" and old.get(name) != new[name]
     )

@@ -77,8 +77,9 @@ def export_huggingface(
         _publish(aside, out)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UserError(Problem("--out", f"cannot be written ({reason})", "give another folder", str(out)),
-                        "cannot export") from None
+        raise UserError(
+            Problem("--out", f"cannot be written ({reason})", "give another folder", str(out)), "cannot export"
+        ) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return out
@@ -92,8 +93,14 @@ def _check_target(out: Path, overwrite: bool) -> list[Problem]:
     # Everything in the folder will go, so a slip such as `--out ~` must not be taken at its word.
     if out.is_dir() and ((out / "config.json").exists() or not any(out.iterdir())):
         return []
-    return [Problem("--out", "is not an exported model (it has no config.json), so it is not replaced",
-                    "use another name, or remove it yourself", str(out))]
+    return [
+        Problem(
+            "--out",
+            "is not an exported model (it has no config.json), so it is not replaced",
+            "use another name, or remove it yourself",
+            str(out),
+        )
+    ]
 
 
 def _publish(aside: Path, out: Path) -> None:
@@ -121,8 +128,9 @@ def _write_weights(folder: Path, weights: dict[str, Tensor], dtype: torch.dtype,
         file = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         # Converted one file at a time, so that no second copy of the whole model is needed. Cloned where nothing
         # is converted, because safetensors refuses tensors that share memory.
-        save_file({name: weights[name].to(dtype, copy=True).contiguous() for name in names}, folder / file,
-                  {"format": "pt"})
+        save_file(
+            {name: weights[name].to(dtype, copy=True).contiguous() for name in names}, folder / file, {"format": "pt"}
+        )
         placed |= dict.fromkeys(names, file)
     if len(groups) > 1:
         total = sum(tensor.numel() for tensor in weights.values()) * dtype.itemsize
@@ -170,17 +178,21 @@ def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, max_seq_len: int) -> None:
     backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
     backend.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<SOS> $A", pair="<SOS> $A $B", special_tokens=[("<SOS>", tokenizer.sos_id)])
+        single="<SOS> $A", pair="<SOS> $A $B", special_tokens=[("<SOS>", tokenizer.sos_id)]
+    )
     backend.save(str(folder / "tokenizer.json"))
     roles = {"bos_token": "<SOS>", "eos_token": "<EOS>", "pad_token": "<PAD>", "unk_token": "<UNK>"}
-    _write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": max_seq_len,
-        "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,
-        "model_input_names": ["input_ids", "attention_mask"],  # Llama refuses the token_type_ids of the default
-        **{role: token for role, token in roles.items() if tokenizer.token_to_id(token) is not None},
-    })
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": max_seq_len,
+            "clean_up_tokenization_spaces": False,
+            "split_special_tokens": True,
+            "model_input_names": ["input_ids", "attention_mask"],  # Llama refuses the token_type_ids of the default
+            **{role: token for role, token in roles.items() if tokenizer.token_to_id(token) is not None},
+        },
+    )
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -141,6 +141,7 @@ def build(model_factory: Callable[[], torch.nn.Module], ds_config: Json) -> tupl
         return Scheduler(lr_schedules.get_torch_optimizer(optimizer), **parameters)
 
     setattr(lr_schedules, DEEPSPEED_NAME, scheduler)
+    _import_muon_uncompiled()
     partitioned = ds_config["zero_optimization"]["stage"] == 3
     with deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=partitioned):
         model = model_factory()
@@ -216,6 +217,21 @@ def _quieten() -> None:
         from deepspeed.utils import logger
 
         logger.setLevel(level)
+
+
+def _import_muon_uncompiled() -> None:
+    """Spare each start two seconds and more: DeepSpeed imports its Muon to tell whether ZeRO supports an optimizer,
+    and `torch.compile`, which decorates it, loads all of inductor. Our optimizer is AdamW.
+    """
+    from deepspeed.runtime import compiler
+
+    decorate = compiler.compile
+    compiler.compile = lambda: lambda function: function
+    try:
+        with contextlib.suppress(ImportError):  # where another DeepSpeed keeps it elsewhere, nothing is spared
+            import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
+        compiler.compile = decorate
 
 
 def _share_cores(local_rank: int) -> None:

@@ -107,30 +107,33 @@ GOOD = b'{"text": "good"}\n'
 LARGE = b"word " * 400_000
 
 
-@pytest.mark.parametrize(("name", "content", "where", "kind", "rule"), [
-    _bad("a.txt", b"one\ntw\xffo\n", "a.txt:2", "not UTF-8", "byte 0xff"),
-    _bad("a.txt", b"cut \xe4\xbd", "a.txt:1", "not UTF-8", "byte 0xe4"),
-    _bad("a.txt", LARGE + b"\n\n\x80" + LARGE, "a.txt:3", "not UTF-8", "byte 0x80"),
-    _bad("a.txt", LARGE + b"\n\xe4\xbd", "a.txt:2", "not UTF-8", "byte 0xe4"),
-    _bad("a.jsonl", GOOD + b'{"text": "\xc3("}\n' + GOOD, "a.jsonl:2", "not UTF-8", "byte 0xc3"),
-    _bad("a.jsonl", GOOD + b'{"text": "half \\ud800"}\n' + GOOD, "a.jsonl:2", "not UTF-8", "surrogate"),
-    _bad("a.jsonl", GOOD * 3 + b'{"text": "x"\n', "a.jsonl:4", "bad JSON", "is not JSON"),
-    _bad("a.jsonl", GOOD * 70_000 + b"\x00\n" + GOOD, "a.jsonl:70001", "bad JSON", "is not JSON"),
-    _bad("a.jsonl", b"[" * 100_000 + b"\n" + GOOD, "a.jsonl:1", "bad JSON", "is not JSON"),
-    _bad("a.jsonl.gz", gzip.compress(GOOD + b"{]\n"), "a.jsonl.gz:2", "bad JSON", "is not JSON"),
-    _bad("a.jsonl", GOOD + b'{"txt": "x"}\n', "a.jsonl:2", "no text", "did you mean 'txt'"),
-    _bad("a.jsonl", b"{}\n", "a.jsonl:1", "no text", "has no field 'text'"),
-    _bad("a.jsonl", b'["text"]\n', "a.jsonl:1", "no text", "is not an object"),
-    _bad("a.jsonl", b'{"text": null}\n', "a.jsonl:1", "no text", "is null"),
-    _bad("a.jsonl", b'{"text": 5}\n', "a.jsonl:1", "no text", "of type int"),
-    _bad("a.jsonl.gz", gzip.compress(GOOD * 1000)[:-20], "a.jsonl.gz", "damaged file", "cannot be unpacked"),
-    _bad("a.jsonl.gz", b"not gzip", "a.jsonl.gz", "damaged file", "cannot be unpacked"),
-    _bad("a.jsonl.gz", b"", "a.jsonl.gz", "damaged file", "cannot be unpacked"),
-    _bad("a.jsonl.zst", zstandard.compress(GOOD * 1000)[:-2], "a.jsonl.zst", "damaged file", "ends too early"),
-    _bad("a.jsonl.zst", b"not zstd", "a.jsonl.zst", "damaged file", "cannot be unpacked"),
-    _bad("a.parquet", b"PAR1 but not really PAR1", "a.parquet", "damaged file", "cannot be unpacked"),
-    _bad("a.jsonl.gz", gzip.compress(GOOD + b"a" * (65 << 20) + b"\n", 1), "a.jsonl.gz:2", "line too long", "64"),
-])
+@pytest.mark.parametrize(
+    ("name", "content", "where", "kind", "rule"),
+    [
+        _bad("a.txt", b"one\ntw\xffo\n", "a.txt:2", "not UTF-8", "byte 0xff"),
+        _bad("a.txt", b"cut \xe4\xbd", "a.txt:1", "not UTF-8", "byte 0xe4"),
+        _bad("a.txt", LARGE + b"\n\n\x80" + LARGE, "a.txt:3", "not UTF-8", "byte 0x80"),
+        _bad("a.txt", LARGE + b"\n\xe4\xbd", "a.txt:2", "not UTF-8", "byte 0xe4"),
+        _bad("a.jsonl", GOOD + b'{"text": "\xc3("}\n' + GOOD, "a.jsonl:2", "not UTF-8", "byte 0xc3"),
+        _bad("a.jsonl", GOOD + b'{"text": "half \\ud800"}\n' + GOOD, "a.jsonl:2", "not UTF-8", "surrogate"),
+        _bad("a.jsonl", GOOD * 3 + b'{"text": "x"\n', "a.jsonl:4", "bad JSON", "is not JSON"),
+        _bad("a.jsonl", GOOD * 70_000 + b"\x00\n" + GOOD, "a.jsonl:70001", "bad JSON", "is not JSON"),
+        _bad("a.jsonl", b"[" * 100_000 + b"\n" + GOOD, "a.jsonl:1", "bad JSON", "is not JSON"),
+        _bad("a.jsonl.gz", gzip.compress(GOOD + b"{]\n"), "a.jsonl.gz:2", "bad JSON", "is not JSON"),
+        _bad("a.jsonl", GOOD + b'{"txt": "x"}\n', "a.jsonl:2", "no text", "did you mean 'txt'"),
+        _bad("a.jsonl", b"{}\n", "a.jsonl:1", "no text", "has no field 'text'"),
+        _bad("a.jsonl", b'["text"]\n', "a.jsonl:1", "no text", "is not an object"),
+        _bad("a.jsonl", b'{"text": null}\n', "a.jsonl:1", "no text", "is null"),
+        _bad("a.jsonl", b'{"text": 5}\n', "a.jsonl:1", "no text", "of type int"),
+        _bad("a.jsonl.gz", gzip.compress(GOOD * 1000)[:-20], "a.jsonl.gz", "damaged file", "cannot be unpacked"),
+        _bad("a.jsonl.gz", b"not gzip", "a.jsonl.gz", "damaged file", "cannot be unpacked"),
+        _bad("a.jsonl.gz", b"", "a.jsonl.gz", "damaged file", "cannot be unpacked"),
+        _bad("a.jsonl.zst", zstandard.compress(GOOD * 1000)[:-2], "a.jsonl.zst", "damaged file", "ends too early"),
+        _bad("a.jsonl.zst", b"not zstd", "a.jsonl.zst", "damaged file", "cannot be unpacked"),
+        _bad("a.parquet", b"PAR1 but not really PAR1", "a.parquet", "damaged file", "cannot be unpacked"),
+        _bad("a.jsonl.gz", gzip.compress(GOOD + b"a" * (65 << 20) + b"\n", 1), "a.jsonl.gz:2", "line too long", "64"),
+    ],
+)
 def test_bad_input_is_named_by_place_or_left_out_and_counted_by_kind(name, content, where, kind, rule, tmp_path):
     path = tmp_path / name
     path.write_bytes(content)
@@ -205,7 +208,11 @@ def test_a_large_document_passes_in_pieces_but_is_one_document(unit, tmp_path):
     _write(tmp_path / "c.parquet", [text, "small"])
     found = list(read_documents(input_files([tmp_path])))
     assert [line_and_text[1:] for line_and_text in _whole(found)] == [
-        (1, text), (1, "small"), (2, text), (1, text), (2, "small"),
+        (1, text),
+        (1, "small"),
+        (2, text),
+        (1, text),
+        (2, "small"),
     ]
     assert max(len(document.text) for document in found) <= PIECE_CHARACTERS
     # Each cut is before a blank that follows none, so that no word and no run of blanks is torn.

@@ -30,8 +30,23 @@ from dsllama.data.workers import WorkerDied, WorkerPool
 from dsllama.errors import UserError
 
 WORDS = [
-    "the", "quick", "brown", "fox", "can't", "jump", "12", "lazy", "dogs", "<EOS>", "naïve", "你好", "\U0001f600\n\n\t",
-    "def", "", "f(x):", "",
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "can't",
+    "jump",
+    "12",
+    "lazy",
+    "dogs",
+    "<EOS>",
+    "naïve",
+    "你好",
+    "\U0001f600\n\n\t",
+    "def",
+    "",
+    "f(x):",
+    "",
 ]
 
 
@@ -147,10 +162,22 @@ def test_bulk_encoding_gives_the_tokenizers_ids(bulk, tokenizer, text):
     assert bulk([text])[0].tolist() == tokenizer.encode(text)
 
 
-@pytest.mark.parametrize("text", [
-    "a" * 300_000, "ab" * 150_000, " " * 300_000 + "a", "\n" * 300_000, " \n\u3000" * 100_000 + "x", "你" * 50_000,
-    "!" * 200_000, "1" * 200_000, "\x00" * 100_000, "'" * 100_000,
-], ids=lambda text: ascii(text[:3]))
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a" * 300_000,
+        "ab" * 150_000,
+        " " * 300_000 + "a",
+        "\n" * 300_000,
+        " \n\u3000" * 100_000 + "x",
+        "你" * 50_000,
+        "!" * 200_000,
+        "1" * 200_000,
+        "\x00" * 100_000,
+        "'" * 100_000,
+    ],
+    ids=lambda text: ascii(text[:3]),
+)
 def test_bulk_encoding_survives_long_runs_and_gives_the_same_ids(text, bulk, tokenizer):
     assert bulk([text])[0].tolist() == tokenizer.encode(text)
 
@@ -162,13 +189,16 @@ def _changed(tokenizer, path, change):
     return Tokenizer.load(path)
 
 
-@pytest.mark.parametrize(("change", "reason"), [
-    (lambda content: content.update(normalizer={"type": "NFC"}), "not a plain byte-level BPE"),
-    (lambda content: content["pre_tokenizer"].update(add_prefix_space=True), "not a plain byte-level BPE"),
-    (lambda content: content["pre_tokenizer"].update(use_regex=False), "not a plain byte-level BPE"),
-    (lambda content: content["model"]["merges"].reverse(), "do not follow its merges"),
-    (lambda content: content["model"]["merges"].pop(), "do not follow its merges"),
-])
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda content: content.update(normalizer={"type": "NFC"}), "not a plain byte-level BPE"),
+        (lambda content: content["pre_tokenizer"].update(add_prefix_space=True), "not a plain byte-level BPE"),
+        (lambda content: content["pre_tokenizer"].update(use_regex=False), "not a plain byte-level BPE"),
+        (lambda content: content["model"]["merges"].reverse(), "do not follow its merges"),
+        (lambda content: content["model"]["merges"].pop(), "do not follow its merges"),
+    ],
+)
 def test_another_kind_of_tokenizer_is_encoded_the_slow_way_with_its_own_ids(change, reason, tokenizer, tmp_path):
     other = _changed(tokenizer, tmp_path / "t.json", change)
     texts = [_prose(n, 30) for n in range(300)]
@@ -421,17 +451,20 @@ def test_after_an_error_an_encoding_goes_on_when_asked_to_skip_but_not_back_agai
         _quiet([a, b], tokenizer.path, out, shard_tokens=7)
 
 
-@pytest.mark.parametrize(("options", "rule"), [
-    ({"workers": 0}, "workers = 0: must be at least 1"),
-    ({"shard_tokens": 0}, "shard_tokens = 0: must be at least 1"),
-    ({"on_error": "ignore"}, "on_error = 'ignore': must be 'stop' or 'skip'"),
-    ({"inputs": ["none.txt"]}, "none.txt: there is no such file or folder"),
-    ({"inputs": ["empty.txt"]}, "empty.txt: holds no text (left out: 1 x empty document)"),
-    ({"tokenizer_path": "none.json"}, "tokenizer_path = 'none.json': there is no such file"),
-    ({"out_dir": "fox.txt"}, "--out = 'fox.txt': is a file, not a folder"),
-    ({"out_dir": "fox.txt/out"}, "cannot be read or written (Not a directory)"),
-    ({"out_dir": "/proc/none"}, "/proc/none: cannot be read or written"),
-])
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        ({"workers": 0}, "workers = 0: must be at least 1"),
+        ({"shard_tokens": 0}, "shard_tokens = 0: must be at least 1"),
+        ({"on_error": "ignore"}, "on_error = 'ignore': must be 'stop' or 'skip'"),
+        ({"inputs": ["none.txt"]}, "none.txt: there is no such file or folder"),
+        ({"inputs": ["empty.txt"]}, "empty.txt: holds no text (left out: 1 x empty document)"),
+        ({"tokenizer_path": "none.json"}, "tokenizer_path = 'none.json': there is no such file"),
+        ({"out_dir": "fox.txt"}, "--out = 'fox.txt': is a file, not a folder"),
+        ({"out_dir": "fox.txt/out"}, "cannot be read or written (Not a directory)"),
+        ({"out_dir": "/proc/none"}, "/proc/none: cannot be read or written"),
+    ],
+)
 def test_wrong_arguments_are_refused_in_one_message(options, rule, tokenizer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("fox.txt").write_text("fox")

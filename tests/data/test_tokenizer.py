@@ -145,15 +145,18 @@ def _without_eos(path: Path) -> Path:
     return _write(path, other.to_str())
 
 
-@pytest.mark.parametrize(("make", "rule"), [
-    (lambda path: path, "there is no such file"),
-    (lambda path: path.parent, "cannot be read"),
-    (lambda path: _write(path, ""), "is not a tokenizer"),
-    (lambda path: _write(path, '{"a": 1}'), "is not a tokenizer"),
-    (lambda path: _write(path, "[]"), "is not a tokenizer"),
-    (_word_level, "WordLevel tokenizer, not BPE"),
-    (_without_eos, "lacks the special token <EOS>"),
-])
+@pytest.mark.parametrize(
+    ("make", "rule"),
+    [
+        (lambda path: path, "there is no such file"),
+        (lambda path: path.parent, "cannot be read"),
+        (lambda path: _write(path, ""), "is not a tokenizer"),
+        (lambda path: _write(path, '{"a": 1}'), "is not a tokenizer"),
+        (lambda path: _write(path, "[]"), "is not a tokenizer"),
+        (_word_level, "WordLevel tokenizer, not BPE"),
+        (_without_eos, "lacks the special token <EOS>"),
+    ],
+)
 def test_what_is_no_tokenizer_is_refused_with_its_path_and_a_remedy(make, rule, tmp_path):
     path = make(tmp_path / "t.json")
     with pytest.raises(UserError) as caught:

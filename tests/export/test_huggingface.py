@@ -33,10 +33,16 @@ def exported(model: LLaMaTransformer, folder: Path, **arguments: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("shape", [
-    {"vocab_size": None}, {"vocab_size": 448}, {"vocab_size": None, "n_kv_heads": 2, "theta": 500_000.0, "eps": 1e-6},
-    {"vocab_size": 320, "tie_embeddings": True, "n_kv_heads": 1},
-], ids=["plain", "padded vocabulary", "grouped queries", "tied"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"vocab_size": None},
+        {"vocab_size": 448},
+        {"vocab_size": None, "n_kv_heads": 2, "theta": 500_000.0, "eps": 1e-6},
+        {"vocab_size": 320, "tie_embeddings": True, "n_kv_heads": 1},
+    ],
+    ids=["plain", "padded vocabulary", "grouped queries", "tied"],
+)
 def test_transformers_gives_the_same_logits_and_the_same_greedy_text(
     tiny_data: Any, tmp_path: Path, shape: dict[str, Any]
 ) -> None:
@@ -81,8 +87,11 @@ def test_weights_are_rounded_to_the_type_that_is_asked_for(tiny_data: Any, tmp_p
     theirs = exported(model, tmp_path / "hf", dtype="bfloat16")
     assert theirs.dtype == torch.bfloat16
     torch.testing.assert_close(
-        from_huggingface(theirs.state_dict()), {name: w.bfloat16() for name, w in model.state_dict().items()},
-        rtol=0, atol=0)
+        from_huggingface(theirs.state_dict()),
+        {name: w.bfloat16() for name, w in model.state_dict().items()},
+        rtol=0,
+        atol=0,
+    )
 
 
 def test_large_weights_are_split_into_files_that_the_index_names(tiny_data: Any, tmp_path: Path) -> None:
@@ -134,7 +143,12 @@ def test_an_export_replaces_an_earlier_one_only_when_asked_and_never_another_fol
     assert (out / "note.txt").exists()
     export(out, overwrite=True)
     assert sorted(path.name for path in out.iterdir()) == [
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
     with pytest.raises(UserError, match="is not an exported model"):
         export(tmp_path, overwrite=True)
     file = tmp_path / "file"

@@ -1,0 +1,125 @@
+"""Tiny trainings that many test files look at: whole ones and resumed ones, on one and on two ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import TINY, Run, TinyData
+from tests.launches import Call, Ended, Launch, Words
+
+STAGES = (0, 1, 2, 3)
+UPDATES = 20
+HALF = UPDATES // 2
+# CPUs without bf16 units take several times as long for it: but for one, those are shorter.
+_SHORT = {"training_tokens": HALF * 256, "token_ckpt": HALF // 2 * 256}
+EVERY_STAGE: dict[str, dict[str, Any]] = {
+    **{f"fp32_stage{stage}": {"zero_stage": stage} for stage in STAGES},
+    **{f"bf16_stage{stage}": {"zero_stage": stage, "precision": "bf16", **_SHORT} for stage in STAGES},
+    "bf16_stage1": {"zero_stage": 1, "precision": "bf16"},
+}
+_ONE_CHECKPOINT = {"token_ckpt": "1G"}  # the last one
+TRAININGS: dict[str, dict[str, Any]] = {
+    **EVERY_STAGE,
+    "dropout": {"zero_stage": 1, "dropout": 0.2},
+    # Into a second epoch.
+    "shuffled": {"zero_stage": 1, "shuffle": "true", "training_tokens": 40 * 256},
+    "one_at_a_time": {"zero_stage": 2, "batch_size": 1, **_ONE_CHECKPOINT},
+    "no_clipping": {"zero_stage": 0, "gradient_clipping": 0, **_ONE_CHECKPOINT},
+}
+ON_ONE_RANK: dict[str, dict[str, Any]] = {
+    "diverging": {"token_ckpt": 256, "max_lr": 1e38, "schedule": "constant", "gradient_clipping": 0},
+    "reporting": {
+        "validation_tokens": 1000,
+        "eval_interval": 5,
+        "sample_prompts": ["the dog"],
+        "sample_tokens": 4,
+        "seed": 3,
+    },
+}
+# On two ranks, where the state is spread, everything is made and resumed; on one the rest only where `long` asks.
+LONG = ["bf16_stage0", "bf16_stage2"]
+RESUMED = {
+    1: ["fp32_stage0", "fp32_stage1", "bf16_stage1", "bf16_stage3", "dropout", "shuffled"],
+    2: [*EVERY_STAGE, "dropout", "shuffled"],
+}
+RESUMED_LONG = [name for name in RESUMED[2] if name not in RESUMED[1]]
+
+
+def on_one_and_two_ranks(prefix: str, stages: Sequence[int] = STAGES) -> Any:
+    """The decorator of a test that looks at trainings prefix + stage: `stage` and `ranks` are its parameters."""
+    cases = [
+        pytest.param(stage, ranks, marks=[pytest.mark.long] if ranks == 1 and f"{prefix}{stage}" in LONG else [])
+        for ranks in (1, 2)
+        for stage in stages
+    ]
+    return pytest.mark.parametrize(("stage", "ranks"), cases)
+
+
+class Campaign:
+    """Trainings and calls by name and number of ranks, in launches that start when somebody first looks."""
+
+    def __init__(self, root: Path, data: TinyData) -> None:
+        self.root, self.data = root, data
+        self.runs: dict[tuple[str, int], Run] = {}
+        self.launches: dict[tuple[str, int], Launch] = {}
+        root.mkdir(exist_ok=True)
+        for ranks in (1, 2):
+            alone = ranks == 1
+            trainings = {n: s for n, s in TRAININGS.items() if not (alone and n in LONG)} | (
+                ON_ONE_RANK if alone else {}
+            )
+            whole = [self._launch(f"whole_{ranks}", ranks, trainings, calls() if alone else {})]
+            self._launch(f"resumed_{ranks}", ranks, self._resumed(RESUMED[ranks], ranks), {}, whole)
+            if alone:
+                whole += [self._launch("long", 1, {name: TRAININGS[name] for name in LONG}, {})]
+                self._launch("resumed_long", 1, self._resumed(RESUMED_LONG, 1), {}, whole)
+
+    def ended(self, name: str, ranks: int = 1) -> Ended:
+        """How a training or a call ended."""
+        return self.launches[name, ranks][name]
+
+    def run(self, name: str, ranks: int = 1) -> Run:
+        """A training that is finished."""
+        ended = self.ended(name, ranks)
+        assert ended.code == 0, ended.said + ended.complained
+        return self.runs[name, ranks]
+
+    def losses(self, name: str, ranks: int = 1) -> dict[int, float]:
+        """The loss of each update of a finished training."""
+        return self.run(name, ranks).losses()
+
+    def _resumed(self, names: list[str], ranks: int) -> dict[str, dict[str, Any]]:
+        sources = {name: self.runs[name, ranks].checkpoint(halfway(name)) for name in names}
+        return {f"{name}_resumed": {**TRAININGS[name], "load_ckpt": source} for name, source in sources.items()}
+
+    def _launch(
+        self,
+        name: str,
+        ranks: int,
+        trainings: dict[str, dict[str, Any]],
+        calls: dict[str, Call],
+        after: Sequence[Launch] = (),
+    ) -> Launch:
+        folder = self.root / name
+        work: dict[str, Words | Call] = {**calls}
+        for training, settings in trainings.items():
+            run = self.runs[training, ranks] = Run(folder / training, {**self.data.settings, **settings})
+            work[training] = run.words()
+        launch = Launch(folder, ranks, work, after)
+        self.launches |= {(piece, ranks): launch for piece in work}
+        return launch
+
+
+def halfway(name: str) -> int:
+    """The update of a training's first checkpoint, from which it is resumed."""
+    return {**TINY, **TRAININGS[name]}["token_ckpt"] // TINY["tokens_per_update"]
+
+
+def calls() -> dict[str, Call]:
+    """What one rank computes without training."""
+    rates = {f"rates{stage}": Call("tests.applied_rates:rates", {"stage": stage}) for stage in STAGES}
+    return {**rates, "partitioned": Call("tests.partitioned_model:report")}
