@@ -95,6 +95,10 @@ class TrainingConfig(BaseModel):
     gradient_clipping: Annotated[Number, Field(ge=0)] = 1.0
     """Largest global gradient norm; 0 for no clipping."""
 
+    max_skipped_updates: Positive = 3
+    """Updates in a row that may be skipped because their gradients are not finite; then the run stops. Not while fp16
+    searches for its loss scale."""
+
     # --- Length of the run, evaluation, checkpoints ---
     training_tokens: Positive = 45_000_000_000
     """Tokens to train on; the run ends with the first update that reaches them."""

@@ -35,9 +35,13 @@ _NEVER = 2**31 - 1
 
 @dataclass(frozen=True)
 class ZeroSettings:
-    """How ZeRO partitions and offloads: the configuration's values, else the overlay's, else the defaults."""
+    """How ZeRO partitions and offloads: the configuration's values, else the overlay's, else the defaults.
+
+    asked_stage: the stage that was asked for; `stage` is the one that runs.
+    """
 
     stage: int
+    asked_stage: int
     offload_optimizer: str
     offload_params: str
     nvme_path: str | None
@@ -65,8 +69,14 @@ def zero_settings(config: TrainingConfig, overlay: Json) -> ZeroSettings:
     def first(*values: Any) -> Any:
         return next(value for value in values if value not in (None, "auto"))
 
+    asked = first(config.zero_stage, zero.get("stage"), 1)
+    # DeepSpeed's own stage 0 is right in fp32 only. In bf16 its wrapper sums gradients in bf16 and steps once at its
+    # construction; in fp16 it divides gradients by a loss scale that it never multiplied with. ZeRO-1 needs no more
+    # memory and communicates as rarely.
+    runs_as_stage_1 = asked == 0 and config.precision != "fp32"
     return ZeroSettings(
-        stage=first(config.zero_stage, zero.get("stage"), 1),
+        stage=1 if runs_as_stage_1 else asked,
+        asked_stage=asked,
         offload_optimizer=first(config.offload_optimizer, optimizer.get("device"), "none"),
         offload_params=first(config.offload_params, params.get("device"), "none"),
         nvme_path=first(config.nvme_path, optimizer.get("nvme_path"), params.get("nvme_path"), ""),
@@ -84,7 +94,8 @@ def deepspeed_config(config: TrainingConfig, derived: Derived, accelerator: str 
     zero = zero_settings(config, overlay)
     problems += _impossible(zero)
     binding = _binding(config, derived, zero)
-    problems += list(_contradictions(binding, overlay, config))
+    asked = _merge(binding, {"zero_optimization": {"stage": zero.asked_stage}})
+    problems += list(_contradictions(asked, overlay, config))
     recommended = _recommended(derived, zero, accelerator)
     problems += list(_stray_autos(_merge(recommended, binding), overlay, config))
     if problems:
@@ -118,7 +129,7 @@ def _binding(config: TrainingConfig, derived: Derived, zero: ZeroSettings) -> Js
         },
         "bf16": {"enabled": config.precision == "bf16"},
         "fp16": {"enabled": config.precision == "fp16"},
-        "data_types": {"grad_accum_dtype": _accumulation_dtype(config, zero)},
+        "data_types": {"grad_accum_dtype": "fp32"},
         # Always said: DeepSpeed clips at 1.0 where it is left out.
         "gradient_clipping": config.gradient_clipping,
         "zero_optimization": zero_json,
@@ -138,11 +149,6 @@ def _adamw(config: TrainingConfig, zero: ZeroSettings) -> Json:
     return parameters
 
 
-def _accumulation_dtype(config: TrainingConfig, zero: ZeroSettings) -> str:
-    # Stage 0 refuses a mix ("unsupported mix of model_dtype and grad_accum_dtype"): it accumulates in the model's type.
-    return config.precision if zero.stage == 0 else "fp32"
-
-
 def _recommended(derived: Derived, zero: ZeroSettings, accelerator: str) -> Json:
     bucket = min(_LARGEST_BUCKET, derived.parameters)
     zero_json: Json = {
@@ -155,6 +161,9 @@ def _recommended(derived: Derived, zero: ZeroSettings, accelerator: str) -> Json
         if device != "none":
             zero_json[name] = {"pin_memory": accelerator != "cpu"}
     return {
+        # Left out, DeepSpeed sums gradients over the ranks in the model's type: each rounded to bf16, at every stage,
+        # and at ZeRO-1 on a single rank too, whatever type they were accumulated in.
+        "communication_data_type": "fp32",
         "steps_per_print": _NEVER,
         "wall_clock_breakdown": False,
         "tensorboard": {"enabled": False},
@@ -172,7 +181,7 @@ def _impossible(zero: ZeroSettings) -> list[Problem]:
         problems.append(Problem("zero_optimization.stage", "must be 0, 1, 2 or 3", value=zero.stage))
     elif zero.offload_params != "none" and zero.stage != 3:
         problems.append(Problem("offload_params", f"needs zero_stage 3, not {zero.stage}", value=zero.offload_params))
-    elif zero.offload_optimizer != "none" and zero.stage == 0:
+    elif zero.offload_optimizer != "none" and zero.asked_stage == 0:
         problems.append(Problem("offload_optimizer", "needs zero_stage 1 or more", value=zero.offload_optimizer))
     elif zero.offload_optimizer == "nvme" and zero.stage != 3:
         problems.append(Problem("offload_optimizer", f"to nvme needs zero_stage 3, not {zero.stage}"))
@@ -241,7 +250,7 @@ _ORIGINS = {
     "scheduler": "schedule, max_lr, min_lr, warmup_iterations, training_tokens",
     "bf16": "precision",
     "fp16": "precision",
-    "data_types": "precision and zero_stage",
+    "data_types": "gradients are always summed in fp32",
     "gradient_clipping": "gradient_clipping",
 }
 

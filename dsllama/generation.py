@@ -7,6 +7,7 @@ generation goes on from there.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,12 +45,15 @@ def generate_ids(
     top_p: float = 1.0,
     eos_id: int | None = None,
     seed: int | None = None,
+    agree: Callable[[int], int] | None = None,
 ) -> list[int]:
     """Up to `max_new_tokens` ids that continue `ids`; `eos_id` ends them and is not among them.
 
     model: an LLaMaTransformer, in whatever mode; it is left in that mode. temperature: 0 takes the likeliest id,
     others divide the logits. top_p: draw from the fewest ids that reach this probability together. seed: None takes
-    one from the system's entropy; training's random state is touched in neither case.
+    one from the system's entropy; training's random state is touched in neither case. agree: gives the id that is taken
+    for the one that was drawn here. Ranks that hold parts of one model (ZeRO-3) need it: logits that differ in a last
+    bit, or seeds, would let one of them end or go on alone, and the others wait for it in their next forward.
     Raises UserError for values out of range.
     """
     problems = sampling_problems(max_new_tokens, temperature, top_p)
@@ -66,7 +70,7 @@ def generate_ids(
     model.eval()
     try:
         with _uncompiled(model):
-            return _continue(model, list(ids), max_new_tokens, temperature, top_p, eos_id, generator)
+            return _continue(model, list(ids), max_new_tokens, temperature, top_p, eos_id, generator, agree)
     finally:
         model.train(was_training)
 
@@ -79,6 +83,7 @@ def _continue(
     top_p: float,
     eos_id: int | None,
     generator: torch.Generator,
+    agree: Callable[[int], int] | None,
 ) -> list[int]:
     window = model.config.max_seq_len
     device = next(model.parameters()).device
@@ -92,6 +97,7 @@ def _continue(
             cache = KeyValueCache(len(model.layers), window)
         logits = model(torch.tensor([unread], device=device), cache=cache)[0, -1, : model.known_tokens]
         token = _choose(logits.double().cpu(), temperature, top_p, generator)
+        token = token if agree is None else agree(token)
         if token == eos_id:
             break
         new.append(token)

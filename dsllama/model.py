@@ -11,6 +11,7 @@ would find empty parameters and skip them without a word. The module knows nothi
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -228,12 +229,13 @@ class LLaMaTransformer(nn.Module):
         top_p: float = 1.0,
         eos_token: str | None = "<EOS>",
         seed: int | None = None,
+        agree: Callable[[int], int] | None = None,
     ) -> str:
         """`text` and its continuation: <SOS> and the text are read, then at most `max_new_tokens` tokens drawn.
 
         temperature 0 is greedy; top_p is the nucleus; eos_token ends it, None for never. One seed gives one text;
-        None takes another each time, and is not for several ranks that hold parts of one model (ZeRO-3): they must
-        draw the same. Training's random state and mode are left as they were.
+        None takes another each time. agree: see `generate_ids`; several ranks that hold parts of one model (ZeRO-3)
+        need it. Training's random state and mode are left as they were.
         Raises UserError for values out of range, an unknown eos_token or a model without a tokenizer.
         """
         problems = sampling_problems(max_new_tokens, temperature, top_p)
@@ -249,7 +251,7 @@ class LLaMaTransformer(nn.Module):
         if problems:
             raise UserError(problems, "cannot generate")
         ids = [self.tokenizer.sos_id, *self.tokenizer.encode(text)]
-        new = generate_ids(self, ids, max_new_tokens, temperature, top_p, eos_id, seed)
+        new = generate_ids(self, ids, max_new_tokens, temperature, top_p, eos_id, seed, agree)
         return self.tokenizer.decode([*ids, *new])
 
     def _apply(self, fn: Any, recurse: bool = True) -> LLaMaTransformer:

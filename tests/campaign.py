@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests import gradients
 from tests.conftest import TINY, Run, TinyData
 from tests.launches import Call, Ended, Launch, Words
 
@@ -31,6 +32,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "no_clipping": {"zero_stage": 0, "gradient_clipping": 0, **_ONE_CHECKPOINT},
 }
 ON_ONE_RANK: dict[str, dict[str, Any]] = {
+    "huge_rate": {"precision": "bf16", "max_lr": 3e3, "min_lr": 0, "warmup_iterations": 1},
     "diverging": {"token_ckpt": 256, "max_lr": 1e38, "schedule": "constant", "gradient_clipping": 0},
     "reporting": {
         "validation_tokens": 1000,
@@ -72,7 +74,7 @@ class Campaign:
             trainings = {n: s for n, s in TRAININGS.items() if not (alone and n in LONG)} | (
                 ON_ONE_RANK if alone else {}
             )
-            whole = [self._launch(f"whole_{ranks}", ranks, trainings, calls() if alone else {})]
+            whole = [self._launch(f"whole_{ranks}", ranks, trainings, self._calls(f"whole_{ranks}", ranks))]
             self._launch(f"resumed_{ranks}", ranks, self._resumed(RESUMED[ranks], ranks), {}, whole)
             if alone:
                 whole += [self._launch("long", 1, {name: TRAININGS[name] for name in LONG}, {})]
@@ -91,6 +93,14 @@ class Campaign:
     def losses(self, name: str, ranks: int = 1) -> dict[int, float]:
         """The loss of each update of a finished training."""
         return self.run(name, ranks).losses()
+
+    def _calls(self, launch: str, ranks: int) -> dict[str, Call]:
+        calls, runs = gradients.work(self.root / launch, self.data, ranks)
+        self.runs |= {(name, ranks): run for name, run in runs.items()}
+        if ranks == 1:
+            calls |= {f"rates{stage}": Call("tests.applied_rates:rates", {"stage": stage}) for stage in STAGES}
+            calls["partitioned"] = Call("tests.partitioned_model:report")
+        return calls
 
     def _resumed(self, names: list[str], ranks: int) -> dict[str, dict[str, Any]]:
         sources = {name: self.runs[name, ranks].checkpoint(halfway(name)) for name in names}
@@ -117,9 +127,3 @@ class Campaign:
 def halfway(name: str) -> int:
     """The update of a training's first checkpoint, from which it is resumed."""
     return {**TINY, **TRAININGS[name]}["token_ckpt"] // TINY["tokens_per_update"]
-
-
-def calls() -> dict[str, Call]:
-    """What one rank computes without training."""
-    rates = {f"rates{stage}": Call("tests.applied_rates:rates", {"stage": stage}) for stage in STAGES}
-    return {**rates, "partitioned": Call("tests.partitioned_model:report")}

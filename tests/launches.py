@@ -8,7 +8,8 @@ keeps its own exit code and its own words:
     assert "finished" in launch["run"].said and launch["rates"].value == [...]
 
 It starts when a test first looks, and only once for all files and both workers of the suite that look at the same
-folder. Work that hangs or kills a rank on purpose needs a launch of its own.
+folder. A call that raises ends a launch of several ranks (the others might wait for this one) and every test that
+looks at it. Work that hangs or kills a rank on purpose needs a launch of its own.
 """
 
 from __future__ import annotations
@@ -92,11 +93,12 @@ class Launch:
         )
         for number, name in enumerate(self.work):
             places = [f"{number}.rank_{rank}" for rank in range(self.ranks)]
-            if result.returncode or not all((folder / f"{place}.json").exists() for place in places):
+            if not all((folder / f"{place}.json").exists() for place in places):
                 told = [file for place in places for file in sorted(folder.glob(f"{place}.[oe]*"))]
                 words = "\n".join(f"{file.name}: {file.read_text(errors='replace')[-3000:]}" for file in told)
                 output = (result.stdout + result.stderr)[-3000:]
                 raise AssertionError(f"{folder}: exit code {result.returncode}; {name}:\n{words}\n{output}")
+        assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
 
 
 def once(folder: Path, make: Callable[[Path], object]) -> Path:
@@ -128,25 +130,30 @@ def _ended(folder: Path, number: int, ranks: int) -> Ended:
 
 
 def _work(folder: Path) -> None:
-    rank = int(os.environ.get("RANK", 0))
+    from dsllama.training.run import leave
+
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     for number, piece in enumerate(json.loads((folder / "work.json").read_text(encoding="utf-8"))):
         place = folder / f"{number}.rank_{rank}"
         with _words_into(place):
-            code, value = _do(piece)
+            try:
+                code, value = _do(piece)
+            except Exception:
+                traceback.print_exc()
+                if ranks > 1:
+                    leave(1)
+                code, value = 1, None
         Path(f"{place}.json").write_text(json.dumps({"code": code, "value": value}), encoding="utf-8")
+    leave(0)
 
 
 def _do(piece: dict[str, Any]) -> tuple[int, Any]:
     from dsllama.training.run import main
 
-    try:
-        if "train" in piece:
-            return main(piece["train"]), None
-        module, name = piece["call"].split(":")
-        return 0, getattr(importlib.import_module(module), name)(**piece["arguments"])
-    except Exception:  # told to the test; the other work goes on
-        traceback.print_exc()
-        return 1, None
+    if "train" in piece:
+        return main(piece["train"]), None
+    module, name = piece["call"].split(":")
+    return 0, getattr(importlib.import_module(module), name)(**piece["arguments"])
 
 
 @contextlib.contextmanager
@@ -169,6 +176,3 @@ def _words_into(place: Path) -> Iterator[None]:
 
 if __name__ == "__main__":
     _work(Path(sys.argv[-1]))
-    from dsllama.training.run import leave
-
-    leave(0)

@@ -143,13 +143,24 @@ def test_deepspeed_json_is_complete_and_says_what_the_configuration_says(
     batch = [content[k] for k in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")]
     assert batch == [256, 4, 64 // world_size]
     assert "auto" not in json.dumps(content)
-    assert content["gradient_clipping"] == 0.5 and content["zero_optimization"]["stage"] == stage
+    assert content["gradient_clipping"] == 0.5
+    # DeepSpeed's own stage 0 computes wrong updates in half precision.
+    assert content["zero_optimization"]["stage"] == (stage if precision == "fp32" else max(stage, 1))
     assert (content["bf16"]["enabled"], content["fp16"]["enabled"]) == (precision == "bf16", precision == "fp16")
-    assert content["data_types"]["grad_accum_dtype"] == (precision if stage == 0 else "fp32")
+    assert content["data_types"]["grad_accum_dtype"] == content["communication_data_type"] == "fp32"
     assert content["scheduler"] == {
         "type": "DsllamaScheduler",
         "params": {"schedule": "cosine", "training_steps": 85831, "warmup_steps": 500, "max_lr": 3e-4, "min_lr": 3e-5},
     }
+
+
+def test_an_overlay_may_ask_for_stage_0_in_half_precision_and_for_another_type_of_the_sums(tmp_path: Path) -> None:
+    overlay = tmp_path / "o.json"
+    overlay.write_text('{"zero_optimization": {"stage": 0}, "communication_data_type": "bf16"}')
+    content = ds_json(deepspeed_overlay=str(overlay), precision="bf16")
+    assert content["zero_optimization"]["stage"] == 1 and content["communication_data_type"] == "bf16"
+    with pytest.raises(UserError, match=r"zero_optimization.stage = 0: contradicts .* which gives 2"):
+        ds_json(deepspeed_overlay=str(overlay), precision="bf16", zero_stage=2)
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda p: p.name)

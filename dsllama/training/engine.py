@@ -72,7 +72,8 @@ def start(rank: int, world_size: int) -> World:
         # Shared-memory all-reduce would be compiled at every first start (40 s) and is no faster than gloo.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     _set_default_timeout()
-    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+    # Without it, DeepSpeed's own default of 10 minutes, bound when it was imported: a slow save by rank 0 ends the job.
+    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", timeout=_COLLECTIVE_TIMEOUT, verbose=False)
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     return World(rank=rank, local_rank=local_rank, size=world_size, device=device)
 
@@ -134,7 +135,10 @@ def build(model_factory: Callable[[], torch.nn.Module], ds_config: Json) -> tupl
     Under ZeRO-3 the parameters are partitioned while the model is built, so that no rank ever holds all of it.
     """
     import deepspeed
-    from deepspeed.runtime import lr_schedules
+    from deepspeed.runtime import bf16_optimizer, lr_schedules
+
+    # The wrapper of ZeRO-1 in bf16 prints its memory in twelve lines, past every log level.
+    bf16_optimizer.see_memory_usage = lambda *_, **__: None
 
     def scheduler(optimizer: Any, **parameters: Any) -> Scheduler:
         # With a scheduler named in the JSON, ZeRO hands over its wrapper; the rates live in torch's optimizer.
@@ -146,7 +150,44 @@ def build(model_factory: Callable[[], torch.nn.Module], ds_config: Json) -> tupl
     with deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=partitioned):
         model = model_factory()
     engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=ds_config)
+    scaler = _loss_scaler(engine)
+    if scaler is not None and scaler.dynamic:
+        scaler.raise_error_at_min_scale = False  # the trainer stops the run, with words
     return engine, engine.lr_scheduler
+
+
+@dataclass(frozen=True)
+class Skips:
+    """How many updates an engine has left out because their gradients were not finite; and, where it searches a
+    dynamic loss scale (fp16), the scale, and whether that is the smallest there is."""
+
+    count: int
+    loss_scale: float | None = None
+    at_its_end: bool = False
+
+
+def skips(engine: Any) -> Skips:
+    """What the engine has skipped so far, over all runs."""
+    scaler = _loss_scaler(engine)
+    if scaler is None or not scaler.dynamic:
+        return Skips(engine.skipped_steps)
+    return Skips(engine.skipped_steps, scaler.cur_scale, scaler.cur_scale <= scaler.min_scale)
+
+
+def _loss_scaler(engine: Any) -> Any:
+    """ZeRO's, which does not scale (`dynamic` is False) in bf16 and fp32; None where there is no wrapper."""
+    return getattr(engine.optimizer, "loss_scaler", None)
+
+
+def step(engine: Any) -> None:
+    """End a micro-step: `engine.step()`, and what it leaves behind."""
+    engine.step()
+    if engine.zero_optimization_partition_weights():
+        # Activation checkpointing stops its recomputation early, so ZeRO-3's hooks push modules that they never pop:
+        # entries of a list (and their search) that grow with every micro-step.
+        from deepspeed.runtime.zero import parameter_offload
+
+        parameter_offload.FWD_MODULE_STACK[:] = [engine.module]
 
 
 def gradient_norm(engine: Any) -> float | None:
@@ -190,13 +231,18 @@ def save(engine: Any, folder: Path) -> None:
 
 
 def load(engine: Any, folder: Path) -> None:
-    """Restore what `save` wrote. Collective. Raises RuntimeError on every rank if any rank failed."""
+    """Restore what `save` wrote; settings stay as the engine was built with. Collective.
+
+    Raises RuntimeError on every rank if any rank failed.
+    """
     failure = ""
+    settings = _Settings(engine)
     try:
         # Our files: DeepSpeed's own state holds Python objects, which only a full unpickling can read.
         loaded, _ = engine.load_checkpoint(str(folder), tag=TAG)
         if loaded is None:
             failure = "DeepSpeed found nothing to load"
+        settings.restore(engine)
     except Exception as error:  # anything may come from a damaged file; one rank's failure must be everyone's
         failure = f"{type(error).__name__}: {error}"
     failures: list[str] = [""] * dist.get_world_size()
@@ -204,6 +250,35 @@ def load(engine: Any, folder: Path) -> None:
     for rank, text in enumerate(failures):
         if text:
             raise RuntimeError(f"rank {rank} could not load {folder}: {text[:300]}")
+
+
+class _Settings:
+    """What a load of DeepSpeed's brings back beside the state, though this run's configuration says otherwise:
+    the clipping, the optimizer's hyperparameters, the bounds of the loss scale."""
+
+    # What a dynamic loss scaler has come to, as against how it was set up.
+    _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+    def __init__(self, engine: Any) -> None:
+        self.clipping = getattr(engine.optimizer, "clip_grad", None)
+        self.scaler = _loss_scaler(engine)
+        groups = engine.basic_optimizer.param_groups
+        # The rate is the scheduler's.
+        self.groups = [{name: group[name] for name in group.keys() - {"params", "lr"}} for group in groups]
+
+    def restore(self, engine: Any) -> None:
+        if self.clipping is not None:
+            engine.optimizer.clip_grad = self.clipping
+        for group, settings in zip(engine.basic_optimizer.param_groups, self.groups, strict=True):
+            group.update(settings)
+        loaded = _loss_scaler(engine)
+        if loaded is self.scaler:
+            return
+        if self.scaler.dynamic and loaded.dynamic:
+            for name in self._SCALER_STATE:
+                setattr(self.scaler, name, getattr(loaded, name))
+        engine.optimizer.loss_scaler = self.scaler
+        engine.optimizer.dynamic_loss_scale = self.scaler.dynamic
 
 
 def _quieten() -> None:

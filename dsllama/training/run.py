@@ -239,8 +239,10 @@ def _announce(job: Job) -> None:
         "\n".join(
             [
                 *job.derived.lines(job.config),
-                f"engine       DeepSpeed ZeRO-{zero['zero_stage']}, {zero['precision']}, gradients accumulate in "
-                f"{job.ds_config['data_types']['grad_accum_dtype']}" + (", " + ", ".join(offload) if offload else ""),
+                f"engine       DeepSpeed ZeRO-{zero['zero_stage']}, {zero['precision']}, gradients accumulate in fp32 "
+                f"and are summed over ranks in {job.ds_config['communication_data_type']}"
+                + (", " + ", ".join(offload) if offload else ""),
+                *_stage_0_in_half_precision(job),
                 "versions     " + ", ".join(f"{name} {number}" for name, number in versions().items()),
                 f"data         {job.config.dataset_dir}: {readable(job.loader.stream.tokens)} tokens",
             ]
@@ -253,6 +255,18 @@ def _announce(job: Job) -> None:
             "tokens",
             flush=True,
         )
+
+
+def _stage_0_in_half_precision(job: Job) -> list[str]:
+    from dsllama.deepspeed_config import read_overlay, zero_settings
+
+    asked = zero_settings(job.config, read_overlay(job.config)).asked_stage
+    if asked == job.topology["zero_stage"]:
+        return []
+    return [
+        f"             zero_stage {asked} in {job.config.precision} runs as ZeRO-1: DeepSpeed's own stage 0 computes "
+        "wrong updates there"
+    ]
 
 
 def _summarize(job: Job, outcome: Outcome) -> None:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -103,7 +103,8 @@ class Trainer:
         if job.resume_from is not None:
             self._resume(job.resume_from)
         self.first_update = self.update + 1
-        self.skipped = self.engine.skipped_steps
+        self.skips = deepspeed_engine.skips(self.engine)
+        self.skipped_in_a_row = 0
         # The textbook's engine reports no norm for fp32 at stage 0; there it is taken from the gradients themselves.
         self.norm_from_gradients = self.config.precision == "fp32" and job.topology["zero_stage"] == 0
         peak = self.config.peak_tflops or peak_tflops(world.device)
@@ -127,7 +128,8 @@ class Trainer:
                 self.learning_rate = self.scheduler.get_current_lr()
                 loss, norm, somebody_stops = self.train_one_update()
                 first_loss = loss if self.update == self.first_update else first_loss
-                self._insist_on_finite(loss, norm)
+                skipped = self._notice_skip()
+                self._insist_on_finite(loss, norm, skipped)
                 validation = self._evaluate() if self._every(config.eval_interval) and self.job.validation else None
                 if self._every(config.log_interval) or self.update in (self.first_update, updates) or validation:
                     self._log(loss, norm, validation)
@@ -163,7 +165,7 @@ class Trainer:
             sums[1] += (y != IGNORE_INDEX).sum()
             if self.norm_from_gradients and micro_step == steps:
                 norm = deepspeed_engine.plain_gradient_norm(self.engine)
-            self.engine.step()
+            deepspeed_engine.step(self.engine)
         sums[0] *= self.config.batch_size * self.config.max_seq_len  # the model divides by all positions
         sums[2] += bool(self.stop)
         dist.all_reduce(sums)
@@ -234,6 +236,7 @@ class Trainer:
 
     def _sample(self) -> None:
         """Generate from each prompt. On every rank, since under ZeRO-3 each holds a part of the weights."""
+        partitioned = self.world.size > 1 and self.job.topology["zero_stage"] == 3
         with self._outside_the_clock():
             texts = [
                 self.engine.module.generate(
@@ -242,11 +245,17 @@ class Trainer:
                     temperature=self.config.sample_temperature,
                     top_p=self.config.sample_top_p,
                     seed=self.config.seed + self.update,
+                    agree=self._first_ranks_choice if partitioned else None,
                 )
                 for prompt in self.config.sample_prompts
             ]
         if self.report is not None:
             self.report.sample(self.update, self.tokens, texts)
+
+    def _first_ranks_choice(self, token: int) -> int:
+        choice = torch.tensor([token], device=self.world.device)
+        dist.broadcast(choice, 0)
+        return int(choice)
 
     def _save(self, loss: float) -> None:
         config = self.config
@@ -283,13 +292,6 @@ class Trainer:
         except RuntimeError as error:
             raise TrainingFailed(f"the checkpoint could not be loaded: {error}") from None
         self.update = source.update
-        # DeepSpeed restores the optimizer with its old settings; what this run was asked for is what it must do.
-        for group in self.scheduler.optimizer.param_groups:
-            group.update(
-                betas=(self.config.beta1, self.config.beta2),
-                eps=self.config.adam_eps,
-                weight_decay=self.config.weight_decay,
-            )
         theirs = {**source.manifest["schedule"], "current_step": 1}
         if not self.config.use_prev_scheduler:
             self.scheduler.load_state_dict(fresh)
@@ -300,19 +302,53 @@ class Trainer:
                 flush=True,
             )
 
-    def _insist_on_finite(self, loss: float, norm: float | None) -> None:
+    def _notice_skip(self) -> bool:
+        """Whether the engine has left this update out, which is said when it happens; too many in a row end the run.
+
+        DeepSpeed skips where gradients are not finite, on all ranks alike, and goes on without a word.
+        """
+        before, now = self.skips, deepspeed_engine.skips(self.engine)
+        self.skips = now
+        if now.count == before.count:
+            self.skipped_in_a_row = 0
+            return False
+        self.skipped_in_a_row += 1
+        searches = now.loss_scale is not None  # fp16, which finds its loss scale by skipping
+        if self.world.is_main:
+            scale = f" at loss scale {before.loss_scale:g}, which is now {now.loss_scale:g}" if searches else ""
+            print(
+                f"skipped      update {self.update}: its gradients are not finite{scale}; the weights are as before "
+                f"({self.skipped_in_a_row} in a row)",
+                flush=True,
+            )
+        limit = "" if searches else f"{self.skipped_in_a_row} in a row (max_skipped_updates)"
+        if before.at_its_end:
+            limit = f"and {now.loss_scale:g} is the smallest loss scale"
+        if before.at_its_end or (not searches and self.skipped_in_a_row >= self.config.max_skipped_updates):
+            place = self._place(self.update - self.skipped_in_a_row + 1)
+            self._give_up(f"{place}: the gradients are not finite, so the weights stay as they are, {limit}")
+        return True
+
+    def _insist_on_finite(self, loss: float, norm: float | None, skipped: bool) -> None:
         """Stop before anything that is not finite can reach a checkpoint."""
-        skipped, self.skipped = self.engine.skipped_steps > self.skipped, self.engine.skipped_steps
-        # What the engine skipped has not touched the weights: fp16 finds its loss scale that way.
+        # What the engine skipped has not touched the weights.
         if math.isfinite(loss) and (norm is None or math.isfinite(norm) or skipped):
             return
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm}"
-        last = self.update * self.derived.sequences_per_update
+        self._give_up(f"{what} at {self._place(self.update)}. Nothing of it was saved")
+
+    def _give_up(self, why: str) -> NoReturn:
         raise TrainingFailed(
-            f"{what} at update {self.update} (samples {last - self.derived.sequences_per_update} to {last - 1}, "
-            f"learning rate {self.learning_rate:.3e}). Nothing of it was saved. {self._last_good()} "
+            f"{why}. {self._last_good()} "
             "A lower --max_lr, more --warmup_iterations or --gradient_clipping 1.0 usually helps."
         )
+
+    def _place(self, first: int) -> str:
+        """Updates `first` to the present one, with their samples, for a message."""
+        updates = f"update {self.update}" if first == self.update else f"updates {first} to {self.update}"
+        size = self.derived.sequences_per_update
+        samples = f"samples {(first - 1) * size} to {self.update * size - 1}"
+        return f"{updates} ({samples}, learning rate {self.learning_rate:.3e})"
 
     def _last_good(self) -> str:
         if self.last_checkpoint is None:

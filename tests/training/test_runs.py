@@ -7,6 +7,7 @@ slices of one array, the rate is the textbook's formula, the optimizer is torch'
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +30,13 @@ def plain(tiny_data: TinyData) -> dict[str, list[float]]:
     return plain_loop(tiny_data, clipping=1.0)
 
 
-def plain_loop(data: TinyData, clipping: float, updates: int = UPDATES) -> dict[str, list[float]]:
-    """Updates written out with transformers' Llama: losses, gradient norms and rates, one each per update."""
+def plain_loop(
+    data: TinyData, clipping: float, updates: int = UPDATES, left_out: Sequence[int] = ()
+) -> dict[str, list[float]]:
+    """Updates written out with transformers' Llama: losses, gradient norms and rates, one each per update.
+
+    left_out: updates that compute a loss and change nothing.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = TrainingConfig(**TINY)
@@ -65,7 +71,8 @@ def plain_loop(data: TinyData, clipping: float, updates: int = UPDATES) -> dict[
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clipping if clipping else math.inf)
-        optimizer.step()
+        if update not in left_out:
+            optimizer.step()
         for name, value in (("loss", loss), ("grad_norm", norm), ("learning_rate", rate)):
             told[name].append(value.item() if isinstance(value, torch.Tensor) else value)
     told |= {name: [float(weight.double().sum())] for name, weight in model.state_dict().items()}

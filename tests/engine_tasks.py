@@ -1,0 +1,171 @@
+"""What ranks of a shared launch do with engines for tests/training: see `tests.launches.Call`."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dsllama.model import LLaMaTransformer
+from dsllama.training import engine as deepspeed_engine
+from dsllama.training.run import main as train
+from tests import exactness
+from tests.exactness import MOMENTS, State
+
+# Every setting of the optimizer that a configuration has.
+BEFORE = {"gradient_clipping": 0.5, "beta1": 0.9, "beta2": 0.95, "adam_eps": 1e-8, "weight_decay": 0.1}
+AFTER = {"gradient_clipping": 0.01, "beta1": 0.8, "beta2": 0.9, "adam_eps": 1e-3, "weight_decay": 0.5}
+
+
+def settings_after_a_load(stage: int, precision: str) -> dict[str, Any]:
+    """Save with some settings of the optimizer, load with others, make an update.
+
+    fresh, loaded: the engine's settings before and after the load. norm: of the clipped gradient that AdamW saw.
+    deviation: of what it did from its formula with the later settings.
+    """
+    common = {"zero_stage": stage, "precision": precision}
+    engine = exactness.build({**common, **BEFORE})
+    for number in (1, 2):
+        exactness.update(engine, number)
+    before = exactness.state(engine)  # of this one: DeepSpeed's readers fail between a load and the next update
+    with tempfile.TemporaryDirectory() as place:
+        folder = [place]
+        dist.broadcast_object_list(folder, 0)
+        deepspeed_engine.save(engine, Path(folder[0]))
+        engine = exactness.build({**common, **AFTER})
+        fresh = _settings(engine)
+        deepspeed_engine.load(engine, Path(folder[0]))
+    loaded = _settings(engine)
+    exactness.update(engine, 3)
+    rate = exactness.learning_rate(engine.module.config, 3)
+    return {"fresh": fresh, "loaded": loaded, **_against_adamw(before, exactness.state(engine), rate)}
+
+
+def _settings(engine: Any) -> dict[str, Any]:
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in engine.basic_optimizer.param_groups]
+    told = {"clipping": getattr(engine.optimizer, "clip_grad", None), "groups": groups}
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if scaler is not None:
+        told["scaler"] = {k: v for k, v in vars(scaler).items() if isinstance(v, (int, float, bool))}
+    for group in groups:
+        group.pop("lr")
+        group["betas"] = list(group["betas"])
+    return json.loads(json.dumps(told))
+
+
+def _against_adamw(before: State, after: State, rate: float) -> dict[str, float]:
+    """The norm of the gradient that AdamW saw, and the worst relative deviation of v and of the update from theory."""
+    beta1, beta2, eps, decay = (AFTER[name] for name in ("beta1", "beta2", "adam_eps", "weight_decay"))
+    squares, worst = 0.0, 0.0
+    for name in {key.split("|")[0] for key in before}:
+        w, m, v = (before[f"{name}|{kind}"].double() for kind in ("weight", *MOMENTS))
+        w2, m2, v2 = (after[f"{name}|{kind}"].double() for kind in ("weight", *MOMENTS))
+        gradient = (m2 - beta1 * m) / (1 - beta1)
+        squares += float(gradient.square().sum())
+        denominator = (v2 / (1 - beta2**3)).sqrt() + eps
+        expected = w * (1 - rate * decay) - rate * (m2 / (1 - beta1**3)) / denominator
+        for ours, theirs in ((v2, beta2 * v + (1 - beta2) * gradient.square()), (w2 - w, expected - w)):
+            worst = max(worst, float((ours - theirs).norm() / theirs.norm()))
+    return {"norm": squares**0.5, "deviation": worst}
+
+
+def module_stack() -> list[int]:
+    """Entries of ZeRO-3's list of open modules after each update with activation checkpointing."""
+    from deepspeed.runtime.zero import parameter_offload
+
+    engine = exactness.build({"zero_stage": 3, "activation_checkpointing": True, "precision": "fp32"})
+    lengths = []
+    for number in (1, 2, 3):
+        exactness.update(engine, number)
+        lengths.append(len(parameter_offload.FWD_MODULE_STACK))
+    return lengths
+
+
+def timeouts() -> list[float]:
+    """Seconds that collectives of the world's group, and of a group that ZeRO makes, wait before they give up."""
+    deepspeed_engine.start(*deepspeed_engine.world_from_environment())
+    device = torch.device("cpu")
+    groups = [dist.group.WORLD, dist.new_group()]
+    return [group._get_backend(device).options._timeout.total_seconds() for group in groups if group is not None]
+
+
+def draws(stage: int) -> list[list[int]]:
+    """What each rank generates when the ranks draw with seeds of their own, but take what rank 0 has drawn."""
+    from dsllama.generation import generate_ids
+
+    engine = exactness.build({"zero_stage": stage, "precision": "fp32"})
+    exactness.update(engine, 1)
+
+    def first_ranks(token: int) -> int:
+        choice = torch.tensor([token])
+        dist.broadcast(choice, 0)
+        return int(choice)
+
+    told = []
+    for seed in (1, 2, 3):
+        own = seed + 100 * dist.get_rank()
+        # Any of the 101 ids may end it, so that ranks left alone would end at different lengths.
+        told.append(generate_ids(engine.module, [5, 7], 40, eos_id=11, seed=own, agree=first_ranks))
+    return told
+
+
+# ---------------------------------------------------------------- trainings with gradients that are not finite
+
+
+def train_with_nan(words: list[str], updates: list[int], fp16_on_cpu: bool = False) -> int:
+    """A training whose gradients are NaN in these updates, with a loss that is finite: its exit code."""
+    with _nan_gradients(words, set(updates)), _fp16_on_cpu(fp16_on_cpu):
+        return train(words)
+
+
+@contextmanager
+def _nan_gradients(words: list[str], updates: set[int]) -> Iterator[None]:
+    forward, calls = LLaMaTransformer.forward, 0
+    ranks = int(deepspeed_engine.world_from_environment()[1])
+    given = {words[i].removeprefix("--"): words[i + 1] for i in range(len(words) - 1)}
+    sequences = int(given["tokens_per_update"]) // int(given["max_seq_len"])
+    micro_steps = sequences // int(given["batch_size"]) // ranks
+
+    def planted(self: Any, tokens: Any, targets: Any = None, **more: Any) -> Any:
+        nonlocal calls
+        out = forward(self, tokens, targets, **more)
+        if targets is not None and self.training:
+            calls += 1
+            if -(-calls // micro_steps) in updates:
+                # 0 forward; backward, the root's infinite slope times zero is NaN.
+                out = out + (out * 0).sqrt() * 0
+        return out
+
+    LLaMaTransformer.forward = planted  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        LLaMaTransformer.forward = forward  # type: ignore[method-assign]
+
+
+@contextmanager
+def _fp16_on_cpu(wanted: bool) -> Iterator[None]:
+    """DeepSpeed refuses fp16 on a CPU, though torch computes it: the way to its loss scaler without a GPU."""
+    if not wanted:
+        yield
+        return
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    originals: dict[str, Callable[..., Any]] = {"supported_dtypes": accelerator.supported_dtypes}
+    unsupported = deepspeed_engine.unsupported_here
+    accelerator.supported_dtypes = lambda: [torch.float32, torch.bfloat16, torch.float16]
+    accelerator.is_fp16_supported = lambda: True
+    deepspeed_engine.unsupported_here = lambda config, ds_config: []
+    try:
+        yield
+    finally:
+        accelerator.supported_dtypes = originals["supported_dtypes"]
+        del accelerator.is_fp16_supported
+        deepspeed_engine.unsupported_here = unsupported
