@@ -26,25 +26,34 @@ AFTER = {"gradient_clipping": 0.01, "beta1": 0.8, "beta2": 0.9, "adam_eps": 1e-3
 def settings_after_a_load(stage: int, precision: str) -> dict[str, Any]:
     """Save with some settings of the optimizer, load with others, make an update.
 
-    fresh, loaded: the engine's settings before and after the load. norm: of the clipped gradient that AdamW saw.
-    deviation: of what it did from its formula with the later settings.
+    saved, fresh, loaded: an engine's settings, and the state of its loss scale, when it saved, and before and after
+    the load. norm: of the clipped gradient that AdamW saw. deviation: of what it did from its formula with the later
+    settings.
     """
-    common = {"zero_stage": stage, "precision": precision}
-    engine = exactness.build({**common, **BEFORE})
-    for number in (1, 2):
-        exactness.update(engine, number)
-    before = exactness.state(engine)  # of this one: DeepSpeed's readers fail between a load and the next update
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as place, _fp16_on_cpu(precision == "fp16"):
+
+        def build(settings: dict[str, float], scaler: dict[str, int]) -> Any:
+            overlay = Path(place) / "overlay.json"
+            overlay.write_text(json.dumps({"fp16": scaler}), encoding="utf-8")
+            common = {"zero_stage": stage, "precision": precision, "deepspeed_overlay": str(overlay)}
+            return exactness.build({**common, **settings})
+
+        engine = build(BEFORE, {"loss_scale_window": 500, "hysteresis": 2, "initial_scale_power": 9})
+        for number in (1, 2):
+            exactness.update(engine, number)
+        before = exactness.state(engine)  # of this one: DeepSpeed's readers fail between a load and the next update
+        saved = _settings(engine)
         folder = [place]
         dist.broadcast_object_list(folder, 0)
         deepspeed_engine.save(engine, Path(folder[0]))
-        engine = exactness.build({**common, **AFTER})
+        engine = build(AFTER, {"loss_scale_window": 7, "hysteresis": 4, "initial_scale_power": 12})
         fresh = _settings(engine)
         deepspeed_engine.load(engine, Path(folder[0]))
-    loaded = _settings(engine)
-    exactness.update(engine, 3)
+        loaded = _settings(engine)
+        exactness.update(engine, 3)
     rate = exactness.learning_rate(engine.module.config, 3)
-    return {"fresh": fresh, "loaded": loaded, **_against_adamw(before, exactness.state(engine), rate)}
+    told = _against_adamw(before, exactness.state(engine), rate)
+    return {"saved": saved, "fresh": fresh, "loaded": loaded, **told}
 
 
 def _settings(engine: Any) -> dict[str, Any]:
@@ -52,7 +61,11 @@ def _settings(engine: Any) -> dict[str, Any]:
     told = {"clipping": getattr(engine.optimizer, "clip_grad", None), "groups": groups}
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     if scaler is not None:
-        told["scaler"] = {k: v for k, v in vars(scaler).items() if isinstance(v, (int, float, bool))}
+        values = {k: v for k, v in vars(scaler).items() if isinstance(v, (int, float, bool))}
+        # How often it may still overflow is counted down from the setting, `delayed_shift`.
+        state = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+        told["scale"] = {k: values.pop(k) for k in state if k in values}
+        told["scaler"] = values
     for group in groups:
         group.pop("lr")
         group["betas"] = list(group["betas"])

@@ -31,7 +31,7 @@ EXACT = {
     for stage in STAGES
 }
 EXACT |= {f"exact_unclipped_stage{s}": {"precision": "bf16", "zero_stage": s, "gradient_clipping": 0.0} for s in (1, 3)}
-AFTER_A_LOAD = [*(("fp32", stage) for stage in STAGES), ("bf16", 1), ("bf16", 2)]
+AFTER_A_LOAD = [*(("fp32", stage) for stage in STAGES), ("bf16", 1), ("bf16", 2), ("fp16", 1), ("fp16", 3)]
 
 
 def work(folder: Path, data: TinyData, ranks: int) -> tuple[dict[str, Call], dict[str, Run]]:
