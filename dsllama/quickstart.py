@@ -26,6 +26,7 @@ from dsllama.data.corpus import gather_stdlib_corpus
 from dsllama.data.encode import encode
 from dsllama.data.tokenizer import train_tokenizer
 from dsllama.errors import Problem, UserError
+from dsllama.files import write_own
 from dsllama.sizes import readable, readable_duration
 from dsllama.training.checkpoint import newest_whole
 from dsllama.training.engine import free_port
@@ -52,7 +53,7 @@ def quickstart(folder: Path, fresh: bool = False, ranks: int | None = None, over
     done = newest_whole(config.ckpt_dir)
     ranks = ranks or default_ranks()
     config_file = folder / "config.yaml"
-    config.save(config_file)
+    write_own(config_file, yaml.safe_dump(config.to_dict(), sort_keys=False))
     if done is not None and done.tokens >= config.training_tokens:
         _say(f"training     is finished already ({done.path}); `make quickstart ARGS=--fresh` starts it anew")
         return _summarize(folder, config, config_file, ranks, time.monotonic() - begun)

@@ -99,6 +99,14 @@ class Campaign:
         self.runs |= {(name, ranks): run for name, run in runs.items()}
         if ranks == 1:
             calls |= {f"rates{stage}": Call("tests.applied_rates:rates", {"stage": stage}) for stage in STAGES}
+            settings = {
+                **self.data.settings,
+                "tokenizer_path": self.root / f"{launch}_tokenizer.json",
+                **_ONE_CHECKPOINT,
+            }
+            run = self.runs["without_tokenizer", 1] = Run(self.root / launch / "without_tokenizer", settings)
+            arguments = {"words": run.words(), "tokenizer": str(self.data.tokenizer.path)}
+            calls["without_tokenizer"] = Call("tests.engine_tasks:train_without_tokenizer", arguments)
             calls["partitioned"] = Call("tests.partitioned_model:report")
         return calls
 

@@ -29,11 +29,16 @@ _SAMPLE = (
 
 
 class BulkEncoder:
-    """Encodes many texts to ids. `slow_because` is empty where tiktoken does it; the ids are the tokenizer's anyway."""
+    """Encodes many texts to ids.
+
+    slow_because: empty where tiktoken does it; the ids are the tokenizer's anyway. may_cut: whether a text that is cut
+    as `pieces` cuts has the ids of the whole.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._tiktoken: Any = None
+        self.may_cut = _is_plain(json.loads(tokenizer.backend.to_str()))
         self.slow_because = _unfit(tokenizer)
         if not self.slow_because:
             self._tiktoken = _tiktoken_encoding(tokenizer)
@@ -75,20 +80,25 @@ def _unfit(tokenizer: Tokenizer) -> str:
     if tuple(int(part) for part in version.split(".")[:2]) < _TIKTOKEN:
         return f"tiktoken {version} is older than {'.'.join(map(str, _TIKTOKEN))}"
     described = json.loads(tokenizer.backend.to_str())
+    model = described["model"]
+    if not _is_plain(described) or model.get("ignore_merges"):
+        return "the tokenizer is not a plain byte-level BPE"
+    return "" if _ids_follow_merges(tokenizer, model) else "the tokenizer's ids do not follow its merges"
+
+
+def _is_plain(described: dict[str, Any]) -> bool:
+    """Whether a tokenizer's pipeline is GPT-2's and nothing else: bytes, its pattern, merges within each word."""
     model, splitter = described["model"], described["pre_tokenizer"] or {}
-    plain = (
+    return bool(
         described["normalizer"] is None
         and splitter.get("type") == "ByteLevel"
         and not splitter.get("add_prefix_space")
         and splitter.get("use_regex", True)
         and not any(model.get(option) for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"))
         and not model.get("byte_fallback")
-        and not model.get("ignore_merges")
+        # Others than special ones are found in the text before it is split.
         and all(token["special"] for token in described["added_tokens"])
     )
-    if not plain:
-        return "the tokenizer is not a plain byte-level BPE"
-    return "" if _ids_follow_merges(tokenizer, model) else "the tokenizer's ids do not follow its merges"
 
 
 def _ids_follow_merges(tokenizer: Tokenizer, model: dict[str, Any]) -> bool:

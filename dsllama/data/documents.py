@@ -1,4 +1,4 @@
-"""Raw text in: files of .txt, .jsonl(.gz, .zst) and .parquet as a stream of documents, in bounded memory.
+"""Raw text in: files of .txt, .jsonl, .ndjson (packed with gzip or zstd too) and .parquet as a stream of documents.
 
     inputs -> files, in a fixed order -> blocks of about a megabyte -> documents, and what was wrong with the rest
 
@@ -10,6 +10,7 @@ than a block passes in pieces (see pieces.py), of which the first `starts` it an
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,10 +24,21 @@ from dsllama.data.pieces import PIECE_CHARACTERS, pieces_of_file, pieces_of_text
 from dsllama.data.unpacking import BLOCK_BYTES, DamagedFile, LineTooLong, NoSuchColumn
 from dsllama.errors import Problem, UserError, did_you_mean
 
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+logger = logging.getLogger("dsllama")
+
+_LINES = (".jsonl", ".ndjson", ".json")  # a packed .json is a .jsonl by another name; a plain one is seldom
+_PACKED = (".gz", ".zst")
+SUFFIXES = (
+    ".txt",
+    ".jsonl",
+    ".ndjson",
+    ".parquet",
+    *(kind + packed for packed in _PACKED for kind in (".txt", *_LINES)),
+)
 _NEEDS = {".parquet": "pyarrow", ".zst": "zstandard"}
 _SKIP = "mend it, or leave it out with --on_error skip"
 _FILES_PER_BLOCK = 500
+_TEXTS = (".txt", *(f".txt{packed}" for packed in _PACKED))
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # Kinds of what is left out whatever the user asked for, because there is nothing in it to mend.
 _HARMLESS = ("empty document", "empty file")
@@ -80,6 +92,7 @@ class Block:
 
     text_field: of the JSON objects. following: the place after it. disk_bytes: its share of the files' sizes.
     texts: whole small .txt files. lines, rows: of `file`, the first of them being number `first`. ready: read already.
+    cut: whether large texts pass in pieces.
     """
 
     text_field: str = "text"
@@ -91,6 +104,7 @@ class Block:
     lines: bytes = b""
     rows: Sequence[Any] = ()
     ready: tuple[Document | Flaw, ...] = ()
+    cut: bool = True
 
     def read(self) -> Read:
         """The documents in this block, and what was wrong. Raises nothing for bad input."""
@@ -103,16 +117,26 @@ class Block:
         return found
 
     def _items(self) -> Iterator[Document | Flaw]:
-        yield from self.ready
+        yield from self._pieces(self.ready)
         for file in self.texts:
             yield _read_text(file)
         if self.lines:
             # The mark is no part of the text, and legal only at the very beginning of a file.
             data = self.lines.removeprefix(_BYTE_ORDER_MARK) if self.first == 1 else self.lines
             for number, line in enumerate(data.split(b"\n"), self.first):
-                yield from _read_line(line, self.file, number, self.text_field)
+                yield from self._pieces(_read_line(line, self.file, number, self.text_field))
         for number, value in enumerate(self.rows, self.first):
-            yield from _checked(value, self.file, number, f"{self.file}: row {number}", self.text_field)
+            yield from self._pieces([_checked(value, self.file, number, f"{self.file}: row {number}", self.text_field)])
+
+    def _pieces(self, items: Iterable[Document | Flaw]) -> Iterator[Document | Flaw]:
+        for item in items:
+            if isinstance(item, Flaw) or not (self.cut and item.starts and item.ends):
+                yield item
+                continue
+            starts = True
+            for text, ends in pieces_of_text(item.text):
+                yield item._replace(text=text, starts=starts, ends=ends)
+                starts = False
 
 
 def input_files(inputs: Iterable[str | Path]) -> list[Path]:
@@ -126,8 +150,13 @@ def input_files(inputs: Iterable[str | Path]) -> list[Path]:
     known = f"known suffixes: {', '.join(SUFFIXES)}"
     for given in map(Path, inputs):
         if os.path.isdir(given):
-            inside = [path for path in _walk(given, problems) if _is_known(path)]
+            found = list(_walk(given, problems))
+            inside = [path for path in found if _is_known(path)]
             files += inside
+            if inside and len(inside) < len(found):
+                kinds = Counter(path.suffix or "no suffix" for path in found if not _is_known(path)).most_common(5)
+                named = ", ".join(f"{count:,} x {kind}" for kind, count in kinds)
+                logger.warning("%s: left out, with a suffix that is not read: %s", given, named)
             if not inside:
                 problems.append(Problem(str(given), "holds no file that can be read", known))
         elif not os.path.isfile(given):
@@ -178,8 +207,13 @@ def no_documents(files: Sequence[Path], skipped: Counter[str]) -> UserError:
     return UserError(Problem(names, rule, "give files with text in them"), "cannot read the input")
 
 
-def blocks(files: Sequence[Path], text_field: str = "text", start: Place | None = None) -> Iterator[Block]:
-    """Cut the input into blocks, from a `Block.following` of an earlier call on, or from its beginning."""
+def blocks(
+    files: Sequence[Path], text_field: str = "text", start: Place | None = None, cut: bool = True
+) -> Iterator[Block]:
+    """Cut the input into blocks, from a `Block.following` of an earlier call on, or from its beginning.
+
+    cut: let documents that are larger than a block pass in pieces; else each is whole, and has to fit in memory.
+    """
     start = start or Place()
     small: list[str] = []
     small_bytes = 0
@@ -194,14 +228,14 @@ def blocks(files: Sequence[Path], text_field: str = "text", start: Place | None 
             small_bytes += size
             continue
         skip = start.block if number == start.file else 0
-        for count, block in enumerate(_blocks_of(path, size, text_field), 1):
+        for count, block in enumerate(_blocks_of(path, size, text_field, cut), 1):
             if count > skip:
-                yield replace(block, text_field=text_field, following=Place(number, count))
+                yield replace(block, text_field=text_field, cut=cut, following=Place(number, count))
     if small:
         yield Block(text_field, Place(len(files)), small_bytes, texts=tuple(small))
 
 
-def _blocks_of(path: Path, size: int, text_field: str) -> Iterator[Block]:
+def _blocks_of(path: Path, size: int, text_field: str, cut: bool) -> Iterator[Block]:
     """The blocks of one file; what stops its reading half-way is a flaw in the last of them."""
     name = path.name.lower()
     anything = False
@@ -210,7 +244,7 @@ def _blocks_of(path: Path, size: int, text_field: str) -> Iterator[Block]:
         if name.endswith(".parquet"):
             found = _row_blocks(path, size, text_field)
         else:
-            found = _text_blocks(path, size) if name.endswith(".txt") else _line_blocks(path)
+            found = _text_blocks(path, size, cut) if name.endswith(_TEXTS) else _line_blocks(path)
         for block in found:
             anything = True
             yield block
@@ -226,7 +260,27 @@ def _blocks_of(path: Path, size: int, text_field: str) -> Iterator[Block]:
     yield Block(ready=(flaw,))
 
 
-def _text_blocks(path: Path, size: int) -> Iterator[Block]:
+def _packed_text(path: Path, size: int) -> Iterator[Block]:
+    """One document, which has to fit in memory: whether it is UTF-8 to its end shows only when it is unpacked."""
+    data = b"".join(unpacking.chunks(path))
+    if not data:
+        return
+    try:
+        text = data.removeprefix(_BYTE_ORDER_MARK).decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        yield Block(disk_bytes=size, ready=(_not_utf8(f"{path}:{line}", error.object[error.start]),))
+    else:
+        yield Block(disk_bytes=size, ready=(Document(str(path), 1, text),))
+
+
+def _text_blocks(path: Path, size: int, cut: bool) -> Iterator[Block]:
+    if path.suffix.lower() in _PACKED:
+        yield from _packed_text(path, size)
+        return
+    if not cut:
+        yield Block(disk_bytes=size, texts=(str(path),))
+        return
     # Looked through first, so that a document is left out wholly or not at all.
     error = utf8_error(path)
     if error is not None:
@@ -285,26 +339,22 @@ def _read_line(line: bytes, file: str, number: int, text_field: str) -> Iterator
         yield Flaw("bad JSON", Problem(where, f"is not JSON ({error})", _SKIP))
     else:
         if isinstance(record, dict) and text_field in record:
-            yield from _checked(record[text_field], file, number, where, text_field)
+            yield _checked(record[text_field], file, number, where, text_field)
         else:
             yield _no_field(where, text_field, record)
 
 
-def _checked(value: Any, file: str, number: int, where: str, text_field: str) -> Iterator[Document | Flaw]:
+def _checked(value: Any, file: str, number: int, where: str, text_field: str) -> Document | Flaw:
     if value is None:
-        yield Flaw("no text", Problem(where, f"has no text: {text_field!r} is null", _SKIP))
-    elif not isinstance(value, str):
+        return Flaw("no text", Problem(where, f"has no text: {text_field!r} is null", _SKIP))
+    if not isinstance(value, str):
         kind = type(value).__name__
-        yield Flaw("no text", Problem(where, f"{text_field!r} is of type {kind}, not text", _SKIP))
-    elif not value:
-        yield _empty(where)
-    elif not value.isascii() and _has_half_a_pair(value):
-        yield Flaw("not UTF-8", Problem(where, f"{text_field!r} holds half a surrogate pair: no character", _SKIP))
-    else:
-        starts = True
-        for text, ends in pieces_of_text(value):
-            yield Document(file, number, text, starts, ends)
-            starts = False
+        return Flaw("no text", Problem(where, f"{text_field!r} is of type {kind}, not text", _SKIP))
+    if not value:
+        return _empty(where)
+    if not value.isascii() and _has_half_a_pair(value):
+        return Flaw("not UTF-8", Problem(where, f"{text_field!r} holds half a surrogate pair: no character", _SKIP))
+    return Document(file, number, value)
 
 
 def _has_half_a_pair(text: str) -> bool:

@@ -89,10 +89,10 @@ def encode(
                 return finished
             if journal.shards:
                 say(f"{out_dir}: going on after {len(journal.shards)} finished shards")
-            slow_because = BulkEncoder(tokenizer).slow_because
-            if slow_because:
-                say(f"encoding at about a third of the speed: {slow_because}")
-            skipped = _write_shards(files, tokenizer, journal, workers, progress)
+            encoder = BulkEncoder(tokenizer)
+            if encoder.slow_because:
+                say(f"encoding at about a third of the speed: {encoder.slow_because}")
+            skipped = _write_shards(files, tokenizer, journal, workers, progress, encoder.may_cut)
             if not journal.shards:
                 raise no_documents(files, skipped)
             if _stamps(files) != identity["input"]:
@@ -109,7 +109,7 @@ def encode(
 
 
 def _write_shards(
-    files: list[Path], tokenizer: Tokenizer, journal: Journal, workers: int, progress: bool
+    files: list[Path], tokenizer: Tokenizer, journal: Journal, workers: int, progress: bool, cut: bool
 ) -> Counter[str]:
     """Encode everything after the journal's place; returns what was skipped in the whole input, by kind."""
     shard_tokens: int = journal.identity["shard_tokens"]
@@ -142,7 +142,7 @@ def _write_shards(
     )
     try:
         with bar, WorkerPool(workers, make) as pool:
-            for encoded in pool.in_order(blocks(files, journal.identity["text_field"], place)):
+            for encoded in pool.in_order(blocks(files, journal.identity["text_field"], place, cut)):
                 if encoded.problems and stop:
                     raise UserError(encoded.problems, _TITLE)
                 if not used:

@@ -1,7 +1,8 @@
 """Large texts in pieces that encode to the same ids as the whole.
 
-A byte-level BPE first splits a text into words, by GPT-2's pattern, and in it a blank that follows a non-blank
-always begins a new word, whatever comes before or after. A text that is cut there loses nothing.
+GPT-2's byte-level BPE first splits a text into words by a pattern in which a blank that follows a non-blank always
+begins a new word, whatever comes before or after. A text that is cut there loses nothing. Of another pipeline
+(Llama-3's pattern, Llama-2's normalizer) that is not so: `BulkEncoder.may_cut` tells, and such texts are not cut.
 """
 
 from __future__ import annotations

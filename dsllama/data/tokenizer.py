@@ -33,7 +33,8 @@ _REMEDY = "train one with `dsllama tokenizer TEXT --out FILE`"
 
 
 class Tokenizer:
-    """Text to token ids and back. vocab_size: number of ids; fingerprint: identity of the file's content."""
+    """Text to token ids and back. content: the file's text; vocab_size: number of ids; fingerprint: identity of the
+    content."""
 
     def __init__(self, content: str, path: Path) -> None:
         backend = tokenizers.Tokenizer.from_str(content)
@@ -42,7 +43,7 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
-        self.path = path
+        self.path, self.content = path, content
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         canonical = json.dumps(json.loads(content), sort_keys=True)
         self.fingerprint = "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()

@@ -67,6 +67,12 @@ def lines(path: Path) -> Iterator[tuple[bytes | LineTooLong, int]]:
             yield b"".join(parts), disk.tell()
 
 
+def chunks(path: Path) -> Iterator[bytes]:
+    """The unpacked bytes of a file. Raises DamagedFile and OSError."""
+    with path.open("rb") as disk:
+        yield from _chunks(path, disk)
+
+
 def parquet_rows(path: Path, column: str) -> Iterator[tuple[list[Any], int]]:
     """(some rows of one column, rows in the file). A value that is not UTF-8 comes as bytes.
 
@@ -104,19 +110,38 @@ def _text_or_bytes(value: bytes) -> str | bytes:
 
 
 def _chunks(path: Path, disk: BinaryIO) -> Iterator[bytes]:
+    """The unpacked bytes of a file. What was read whole before a damage is given before DamagedFile is raised."""
     suffix = path.suffix.lower()
     if suffix == ".zst":
         yield from _unpacked_zst(disk)
-        return
-    stream: Any = gzip.GzipFile(fileobj=disk) if suffix == ".gz" else disk
-    try:
-        anything = False
-        while chunk := stream.read(BLOCK_BYTES):
-            anything = True
+    elif suffix == ".gz":
+        yield from _unpacked_gz(disk)
+    else:
+        while chunk := disk.read(BLOCK_BYTES):
             yield chunk
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DamagedFile(str(error)) from None
-    if suffix == ".gz" and not anything and not disk.tell():
+
+
+def _unpacked_gz(disk: BinaryIO) -> Iterator[bytes]:
+    stream = gzip.GzipFile(fileobj=disk)
+    parts: list[bytes] = []
+    held, anything, damage = 0, False, ""
+    while True:
+        try:
+            # As much as one read of the disk gives: `read` would drop what it has when it meets a damage.
+            part = stream.read1(BLOCK_BYTES)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            part, damage = b"", str(error)
+        parts.append(part)
+        held += len(part)
+        anything = anything or bool(part)
+        if held >= BLOCK_BYTES or (held and not part):
+            yield b"".join(parts)
+            parts, held = [], 0
+        if damage:
+            raise DamagedFile(damage)
+        if not part:
+            break
+    if not anything and not disk.tell():
         raise DamagedFile("it has no bytes at all")
 
 
@@ -141,6 +166,8 @@ def _unpacked_zst(disk: BinaryIO) -> Iterator[bytes]:
                 yield b"".join(parts)
                 parts, held = [], 0
     except zstandard.ZstdError as error:
+        if parts:
+            yield b"".join(parts)
         raise DamagedFile(str(error)) from None
     if parts:
         yield b"".join(parts)

@@ -1,16 +1,19 @@
 """To and from the Hugging Face layout of LlamaForCausalLM.
 
     out/config.json generation_config.json model.safetensors tokenizer.json tokenizer_config.json
+        dsllama_export.json             which of the files are an export's, and may be replaced by the next one
 
 Our parts carry the same names and the rotary pairs lie the same way, so the weights need a prefix and no
 permutation. The exported tokenizer gives our ids and puts <SOS> before a text by itself, as `generate` does:
-what `model.generate(**tokenizer(text))` continues there is what `generate(text)` continues here. A literal
-"<EOS>" in a text stays text there too; `tokenizer.split_special_tokens = False` turns it into the token.
+what `model.generate(**tokenizer(text))` continues there is what `generate(text)` continues here. As everywhere in that
+world, a literal "<EOS>" in a text is the token there (chat templates and fine-tuning rely on it); in a corpus that is
+encoded here it stays text.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,11 +25,14 @@ from torch import Tensor
 
 from dsllama.data.tokenizer import Tokenizer
 from dsllama.errors import Problem, UserError, did_you_mean
+from dsllama.files import write_atomically
 from dsllama.model import ffn_hidden_size
 
 DTYPES = ("float32", "bfloat16", "float16")
 _HEAD = "lm_head.weight"
 _EMBEDDING = "embed_tokens.weight"
+_CONFIG = "config.json"
+_RECORD = "dsllama_export.json"
 # The hub's own tools split weights at about this size; loaders expect files that fit in memory one by one.
 _SHARD_BYTES = 5 * 10**9
 
@@ -52,26 +58,28 @@ def export_huggingface(
     overwrite: bool = False,
     max_shard_bytes: int = _SHARD_BYTES,
 ) -> Path:
-    """Write a model and its tokenizer to the folder `out`, wholly or not at all; returns it.
+    """Write a model and its tokenizer to the folder `out`; returns it.
 
     state: the whole model's weights. config: its TrainingConfig. dtype: float32, bfloat16 or float16. overwrite:
-    replace an earlier export. max_shard_bytes: weights beyond it are split into several files with an index.
+    replace the files of an earlier export, and no others. max_shard_bytes: weights beyond it are split into several
+    files with an index. A new folder is there wholly or not at all; in one that is overwritten config.json, without
+    which nothing loads, goes first and comes last.
     Raises UserError where `out` exists or cannot be written.
     """
-    out = Path(out)
+    out = Path(out).resolve()  # of a link, the folder that it names
     problems = []
     if dtype not in DTYPES:
         problems.append(Problem("--dtype", f"must be one of {', '.join(DTYPES)}", did_you_mean(dtype, DTYPES), dtype))
     problems += _check_target(out, overwrite)
     if problems:
         raise UserError(problems, "cannot export")
-    aside = out.with_name(f".{out.name}.writing")
+    aside = out / ".dsllama-writing" if out.exists() else out.with_name(f".{out.name}.writing")
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         _write_weights(aside, to_huggingface(state, config.tie_embeddings), getattr(torch, dtype), max_shard_bytes)
         rows = state[_EMBEDDING].shape[0]
-        _write_json(aside / "config.json", _model_config(config, tokenizer, rows, dtype))
+        _write_json(aside / _CONFIG, _model_config(config, tokenizer, rows, dtype))
         _write_json(aside / "generation_config.json", _generation_config(tokenizer, rows))
         _write_tokenizer(aside, tokenizer, config.max_seq_len)
         _publish(aside, out)
@@ -88,29 +96,45 @@ def export_huggingface(
 def _check_target(out: Path, overwrite: bool) -> list[Problem]:
     if not out.exists():
         return []
+    if out.is_dir() and not any(out.iterdir()):
+        return []
     if not overwrite:
         return [Problem("--out", "exists already", "use --overwrite to replace it, or another name", str(out))]
-    # Everything in the folder will go, so a slip such as `--out ~` must not be taken at its word.
-    if out.is_dir() and ((out / "config.json").exists() or not any(out.iterdir())):
+    if _exported(out):
         return []
-    return [
-        Problem(
-            "--out",
-            "is not an exported model (it has no config.json), so it is not replaced",
-            "use another name, or remove it yourself",
-            str(out),
-        )
-    ]
+    rule = f"holds no export of dsllama's (no {_RECORD}), so nothing in it is replaced"
+    return [Problem("--out", rule, "use another name, or remove it yourself", str(out))]
+
+
+def _exported(folder: Path) -> list[str]:
+    """The files that earlier exports wrote into a folder; [] where there was none."""
+    try:
+        files = json.loads((folder / _RECORD).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    names = files if isinstance(files, list) else []
+    return [name for name in names if isinstance(name, str) and Path(name).name == name]
 
 
 def _publish(aside: Path, out: Path) -> None:
-    """Rename the finished folder into place; an earlier one is removed only after that."""
-    old = out.with_name(f".{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
-    aside.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
+    """Move the finished files into place."""
+    new = sorted(path.name for path in aside.iterdir())
+    if not out.exists():
+        write_atomically(aside / _RECORD, json.dumps({"files": new}))
+        aside.rename(out)
+        return
+    old = _exported(out)
+    foreign = [name for name in new if name not in old and (out / name).exists()]
+    if foreign:
+        rule = f"holds {', '.join(foreign)}, which no export of dsllama's wrote"
+        raise UserError(Problem("--out", rule, "move it, or use another name", str(out)), "cannot export")
+    # Both lists until it is done: what a crash leaves behind stays ours.
+    write_atomically(out / _RECORD, json.dumps({"files": sorted({*old, *new})}))
+    for name in sorted(old, key=lambda name: name != _CONFIG):
+        (out / name).unlink(missing_ok=True)
+    for name in sorted(new, key=lambda name: name == _CONFIG):
+        (aside / name).rename(out / name)
+    write_atomically(out / _RECORD, json.dumps({"files": new}))
 
 
 def _write_weights(folder: Path, weights: dict[str, Tensor], dtype: torch.dtype, max_shard_bytes: int) -> None:
@@ -131,6 +155,10 @@ def _write_weights(folder: Path, weights: dict[str, Tensor], dtype: torch.dtype,
         save_file(
             {name: weights[name].to(dtype, copy=True).contiguous() for name in names}, folder / file, {"format": "pt"}
         )
+        # safetensors writes for its owner alone; what follows is what any other file gets.
+        mask = os.umask(0)
+        os.umask(mask)
+        (folder / file).chmod(0o666 & ~mask)
         placed |= dict.fromkeys(names, file)
     if len(groups) > 1:
         total = sum(tensor.numel() for tensor in weights.values()) * dtype.itemsize
@@ -188,7 +216,7 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, max_seq_len: int) -> No
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": max_seq_len,
             "clean_up_tokenization_spaces": False,
-            "split_special_tokens": True,
+            "padding_side": "left",  # what `generate` needs of a batch
             "model_input_names": ["input_ids", "attention_mask"],  # Llama refuses the token_type_ids of the default
             **{role: token for role, token in roles.items() if tokenizer.token_to_id(token) is not None},
         },

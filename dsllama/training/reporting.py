@@ -1,16 +1,20 @@
 """What a run says: the same row to the console, the CSV file and TensorBoard, and a plot of the whole.
 
 Only the main rank reports. Rows of an earlier attempt that lie after the update that a run resumes from are
-moved to `<log_file>.superseded`, so that the log has one row per update and nothing is lost.
+moved to `<log_file>.superseded`, so that the log has one row per update and nothing is lost. TensorBoard's events of
+each run that starts anew go to a folder of their own, NAME-1, NAME-2 ... after the log file, so that neither an earlier
+run nor one beside it is drawn into the same curve; a resumed run goes on in the newest.
 """
 
 from __future__ import annotations
 
 import csv
+import fcntl
 import math
+import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dsllama.errors import Problem, UserError
 from dsllama.scheduler import SCHEDULES, Scheduler, learning_rate
@@ -76,8 +80,9 @@ class Report:
         self._csv = csv.DictWriter(self._file, COLUMNS)
         if not kept:
             self._csv.writeheader()
+        events = events_folder(tensorboard_dir, log_file, bool(resumed_from))
         # purge_step hides what an earlier attempt wrote beyond the point that we go on from.
-        self._events = SummaryWriter(str(tensorboard_dir), purge_step=resumed_tokens + 1 if resumed_from else None)
+        self._events = SummaryWriter(str(events), purge_step=resumed_tokens + 1 if resumed_from else None)
 
     def row(self, row: Row, updates: int, eta_seconds: float) -> None:
         """Write one row everywhere."""
@@ -114,6 +119,31 @@ class Report:
         """Flush and close the files."""
         self._file.close()
         self._events.close()
+
+
+def claim(log_file: Path) -> IO[str]:
+    """Hold a log file for this process until the result is closed.
+
+    Raises UserError where another process holds it: two runs would write their rows in between each other's.
+    """
+    file = log_file.with_name(f".{log_file.name}.lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        rule = "is being written by another run"
+        raise UserError(Problem("log_file", rule, "give this run another --log_file", str(log_file))) from None
+    except OSError:  # a file system without locks: nothing can be known there
+        pass
+    return file
+
+
+def events_folder(tensorboard_dir: Path, log_file: Path, resumed: bool) -> Path:
+    """Where a run's events go: a new folder, or the newest that is there where the run is resumed."""
+    pattern = re.compile(re.escape(log_file.stem) + r"-(\d+)")
+    found = [pattern.fullmatch(path.name) for path in tensorboard_dir.glob("*") if path.is_dir()]
+    newest = max((int(match[1]) for match in found if match), default=0)
+    return tensorboard_dir / f"{log_file.stem}-{max(1, newest if resumed else newest + 1)}"
 
 
 def samples_file(log_file: Path) -> Path:

@@ -25,7 +25,7 @@ from dsllama.data.manifest import Manifest
 from dsllama.data.tokenizer import Tokenizer
 from dsllama.errors import EXIT_USER_ERROR, Problem, UserError
 from dsllama.sizes import readable, readable_duration
-from dsllama.training.reporting import is_log
+from dsllama.training.reporting import claim, is_log
 from dsllama.training.stopping import EXIT_STOPPED
 from dsllama.versions import versions
 
@@ -58,7 +58,17 @@ def main(argv: Sequence[str]) -> int:
                 "more --training_tokens go on from it"
             )
         return 0
+    try:
+        held = claim(Path(config.log_file)) if rank == 0 else None
+    except UserError as error:
+        return _complain(str(error), rank, EXIT_USER_ERROR)
+    with held or contextlib.nullcontext():
+        return _train(job, rank, world_size)
+
+
+def _train(job: Job, rank: int, world_size: int) -> int:
     # Only now: torch's distributed and DeepSpeed's engine take seconds to import.
+    from dsllama.training import engine
     from dsllama.training.stopping import StopRequest
     from dsllama.training.trainer import Trainer, TrainingFailed, run_files
 
@@ -68,8 +78,7 @@ def main(argv: Sequence[str]) -> int:
     world = engine.start(rank, world_size)
     if world.is_main:
         _announce(job)
-        for name, text in run_files(job).items():
-            (Path(config.ckpt_dir) / name).write_text(text, encoding="utf-8")
+        note_start(Path(job.config.ckpt_dir), run_files(job))
     try:
         outcome = Trainer(job, world, stop).run()
     except UserError as error:  # data that turn out bad on the way, on whichever rank reads them
@@ -80,6 +89,18 @@ def main(argv: Sequence[str]) -> int:
     if world.is_main:
         _summarize(job, outcome)
     return EXIT_STOPPED if outcome.stopped_by else 0
+
+
+def note_start(ckpt_dir: Path, files: dict[str, str]) -> Path:
+    """Keep what a run was started with in ckpt_dir/starts, in a folder that is new each time; returns it."""
+    starts = ckpt_dir / "starts"
+    starts.mkdir(exist_ok=True)
+    number = max((int(p.name) for p in starts.iterdir() if p.name.isdecimal()), default=0) + 1
+    folder = starts / f"{number:04d}"
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
 
 
 def leave(code: int) -> None:

@@ -269,7 +269,8 @@ class Trainer:
             "schedule": self.scheduler.state_dict(),
             "versions": versions(),
         }
-        attachments = {**run_files(self.job), "tokenizer.json": Path(config.tokenizer_path).read_text(encoding="utf-8")}
+        # The tokenizer that the run began with: the file may have been moved, or trained anew, since.
+        attachments = {**run_files(self.job), "tokenizer.json": self.job.tokenizer.content}
         with self._outside_the_clock() as clock:
             try:
                 self.last_checkpoint = checkpoints.save(
@@ -394,7 +395,7 @@ def is_sample_update(update: int, config: TrainingConfig) -> bool:
 
 
 def tensorboard_dir(config: TrainingConfig) -> Path:
-    """Where TensorBoard events go."""
+    """Where TensorBoard events go, each run's in a folder of its own below it."""
     return Path(config.tensorboard_dir) if config.tensorboard_dir else Path(config.log_file).parent / "tensorboard"
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 import re
 import tracemalloc
 from collections import Counter
@@ -255,3 +256,47 @@ def test_memory_does_not_grow_with_the_input(tmp_path):
         return most
 
     assert peak(5) < 1.2 * peak(2)
+
+
+@pytest.mark.parametrize(
+    ("name", "pack"), [("a.jsonl.gz", gzip.compress), ("a.json.gz", gzip.compress), ("a.jsonl.zst", zstandard.compress)]
+)
+def test_what_was_read_whole_before_a_damage_is_kept(name, pack, tmp_path):
+    lines = [json.dumps({"text": f"{n} {random.Random(n).random()}"}) + "\n" for n in range(20_000)]
+    packed = pack("".join(lines).encode())
+    (tmp_path / name).write_bytes(packed[: len(packed) * 3 // 4])
+    skipped = Counter()
+    kept = [d.text for d in read_documents(input_files([tmp_path]), on_error="skip", skipped=skipped)]
+    # Three quarters of the bytes hold about three quarters of the lines, but for what is not yet flushed.
+    assert len(kept) > 12_000 and kept == [json.loads(line)["text"] for line in lines[: len(kept)]]
+    assert skipped == {"damaged file": 1}
+
+
+def test_more_names_for_lines_and_packed_texts_are_read(tmp_path):
+    (tmp_path / "a.ndjson").write_bytes(_jsonl(["1"]))
+    (tmp_path / "b.json.gz").write_bytes(gzip.compress(_jsonl(["2"])))
+    (tmp_path / "c.txt.gz").write_bytes(gzip.compress("\ufeffthree\nlines\nhere".encode()))
+    (tmp_path / "d.txt.zst").write_bytes(zstandard.compress(b"4"))
+    large = "words and words\n" * (PIECE_CHARACTERS // 8)
+    (tmp_path / "e.txt.gz").write_bytes(gzip.compress(large.encode()))
+    found = _whole(list(read_documents(input_files([tmp_path]))))
+    assert [document[-1] for document in found] == ["1", "2", "three\nlines\nhere", "4", large]
+
+
+def test_packed_text_that_is_no_text_or_cut_short_is_left_out_wholly(tmp_path):
+    (tmp_path / "a.txt").write_text("fine")
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"one\n\xff"))
+    (tmp_path / "c.txt.gz").write_bytes(gzip.compress(random.Random(1).randbytes(5000).hex().encode())[:-2000])
+    skipped = Counter()
+    assert [d.text for d in read_documents(input_files([tmp_path]), on_error="skip", skipped=skipped)] == ["fine"]
+    assert skipped == {"not UTF-8": 1, "damaged file": 1}
+    with pytest.raises(UserError, match=r"b\.txt\.gz:2: is not UTF-8"):
+        list(read_documents(input_files([tmp_path / "b.txt.gz"])))
+
+
+def test_files_in_a_folder_that_are_left_out_are_counted_by_kind(tmp_path, caplog):
+    for name in ("a.txt", "b.md", "c.md", "d.html", "README", ".hidden"):
+        (tmp_path / name).write_text("x")
+    assert [path.name for path in input_files([tmp_path])] == ["a.txt"]
+    assert "left out, with a suffix that is not read: 2 x .md, 1 x " in caplog.text
+    assert "1 x .html" in caplog.text and "1 x no suffix" in caplog.text

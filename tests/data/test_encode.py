@@ -210,6 +210,43 @@ def test_another_kind_of_tokenizer_is_encoded_the_slow_way_with_its_own_ids(chan
     assert _ids(tmp_path / "out") == [number for text in texts for number in (0, *other.encode(text), 1)]
 
 
+_LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _like_llama_3(content):
+    split = {"type": "Split", "pattern": {"Regex": _LLAMA_3}, "behavior": "Isolated", "invert": False}
+    content["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [split, {**content["pre_tokenizer"], "use_regex": False}],
+    }
+
+
+def _like_llama_2(content):
+    content["normalizer"] = {
+        "type": "Sequence",
+        "normalizers": [
+            {"type": "Prepend", "prepend": "▁"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        ],
+    }
+
+
+@pytest.mark.parametrize("change", [_like_llama_3, _like_llama_2])
+def test_a_large_document_is_not_cut_where_its_tokenizer_might_notice(change, tokenizer, tmp_path):
+    other = _changed(tokenizer, tmp_path / "t.json", change)
+    # Lines end in signs, which Llama-3's pattern takes together with the line's end.
+    text = "the quick brown fox!!\n" * (5 * PIECE_CHARACTERS // 2 // 22)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text(text)
+    _lines(tmp_path / "in" / "b.jsonl", [text, "small"])
+    _quiet([tmp_path / "in"], other.path, tmp_path / "out", workers=1)
+    large = [0, *other.encode(text), 1]
+    assert _ids(tmp_path / "out") == [*large, *large, 0, *other.encode("small"), 1]
+
+
 @settings(max_examples=150, derandomize=True, deadline=None)
 @given(st.text(alphabet="ab1!' \n\t\r\u00a0\u3000é", max_size=25))
 def test_a_text_can_be_cut_where_pieces_are_cut_without_changing_its_ids(tokenizer, text):

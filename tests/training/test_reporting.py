@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 import yaml
 
+from dsllama.errors import UserError
+from dsllama.files import write_own
 from dsllama.training.checkpoint import list_checkpoints
-from tests.campaign import Campaign
-from tests.conftest import starts_processes
+from dsllama.training.reporting import claim, events_folder
+from dsllama.training.run import main as train
+from dsllama.training.run import note_start
+from tests.campaign import UPDATES, Campaign
+from tests.conftest import Run, TinyData, one_clear_screen, starts_processes
 
 pytestmark = starts_processes
 
@@ -32,7 +38,7 @@ def test_console_csv_and_tensorboard_say_the_same(campaign: Campaign) -> None:
 
     trained, said = campaign.run("reporting"), campaign.ended("reporting").said
     rows = trained.rows()
-    events = EventAccumulator(str(trained.folder / "tensorboard"))
+    events = EventAccumulator(str(trained.folder / "tensorboard" / "log-1"))
     events.Reload()
     for name in ("loss", "perplexity", "learning_rate", "grad_norm", "tokens_per_second"):
         told = [(event.step, event.value) for event in events.Scalars(f"train/{name}")]
@@ -46,7 +52,49 @@ def test_console_csv_and_tensorboard_say_the_same(campaign: Campaign) -> None:
     # The textbook's interval: eval_interval, then 1.5 times as far each time.
     samples = (trained.folder / "log.samples.txt").read_text()
     assert re.findall(r"=== update (\d+),", samples) == ["5", "8", "12", "18"] and samples.count("the dog") == 4
-    saved = yaml.safe_load((trained.folder / "checkpoints" / "config.yaml").read_text())
+    saved = yaml.safe_load((trained.folder / "checkpoints" / "starts" / "0001" / "config.yaml").read_text())
     assert saved["seed"] == 3 and saved["validation_tokens"] == 1000
-    ds_json = json.loads((trained.folder / "checkpoints" / "deepspeed.json").read_text())
+    ds_json = json.loads((trained.folder / "checkpoints" / "starts" / "0001" / "deepspeed.json").read_text())
     assert ds_json["train_batch_size"] == 8 and "auto" not in json.dumps(ds_json)
+
+
+def test_each_start_is_noted_and_nothing_is_written_over(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("# mine")
+    assert [note_start(tmp_path, {"config.yaml": text}).name for text in "ab"] == ["0001", "0002"]
+    assert (tmp_path / "config.yaml").read_text() == "# mine"
+    assert [file.read_text() for file in sorted(tmp_path.glob("starts/*/config.yaml"))] == ["a", "b"]
+
+
+def test_events_of_runs_are_kept_apart_and_a_resumed_run_goes_on_in_its_own(tmp_path: Path) -> None:
+    def events(log: str, resumed: bool) -> str:
+        folder = events_folder(tmp_path, Path(log), resumed)
+        folder.mkdir(exist_ok=True)
+        return folder.name
+
+    starts = [("a.csv", False), ("b.csv", False), ("a.csv", False), ("a.csv", True), ("b.csv", True), ("c.csv", True)]
+    assert [events(*start) for start in starts] == ["a-1", "b-1", "a-2", "a-2", "b-1", "c-1"]
+
+
+def test_two_runs_do_not_write_one_log(tiny_data: TinyData, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run(tmp_path, tiny_data.settings)
+    with claim(tmp_path / "log.csv"):
+        assert train(run.words()) == 2
+    assert "is being written by another run" in one_clear_screen(capsys.readouterr())
+    claim(tmp_path / "log.csv").close()  # free again
+
+
+def test_a_run_keeps_the_tokenizer_that_it_began_with(campaign: Campaign, tiny_data: TinyData) -> None:
+    # Its file was removed while the run was training.
+    saved = campaign.run("without_tokenizer").checkpoint(UPDATES) / "tokenizer.json"
+    assert saved.read_text(encoding="utf-8") == tiny_data.tokenizer.content
+
+
+def test_a_file_of_ours_is_written_again_until_somebody_edits_it(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    write_own(file, "seed: 1\n")
+    write_own(file, "seed: 2\n")
+    assert yaml.safe_load(file.read_text()) == {"seed": 2}
+    file.write_text(file.read_text() + "# my comment\n")
+    with pytest.raises(UserError, match="is not as dsllama wrote it"):
+        write_own(file, "seed: 3\n")
+    assert file.read_text().endswith("# my comment\n")

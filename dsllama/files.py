@@ -1,0 +1,44 @@
+"""Files that dsllama writes: whole or not at all, and never over something of the user's."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+from dsllama.errors import Problem, UserError
+
+_MARK = "# Written by dsllama; left alone once it is edited. sha256 of the rest: "
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file in one step, durably: a reader sees the old one or the new one, never half of it. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_own(path: Path, text: str) -> None:
+    """Write a file that allows `#` comments, over one that dsllama wrote and nobody has edited.
+
+    Raises UserError where another file has the name.
+    """
+    if path.exists() and not _is_own(path):
+        rule = "is not as dsllama wrote it, so it is not replaced"
+        raise UserError(Problem(str(path), rule, "move it, or give another folder"), "a file is in the way")
+    write_atomically(path, f"{_MARK}{_digest(text)}\n{text}")
+
+
+def _is_own(path: Path) -> bool:
+    first, _, rest = path.read_text(encoding="utf-8", errors="replace").partition("\n")
+    return first == _MARK + _digest(rest)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
