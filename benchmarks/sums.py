@@ -38,8 +38,6 @@ def engine(stage: int, accumulation: int, sums: str, folder: Path) -> Any:
     from dsllama.model import LLaMaTransformer
     from dsllama.training import engine as deepspeed_engine
 
-    overlay = folder / f"{sums}.json"
-    overlay.write_text(json.dumps({"communication_data_type": sums}), encoding="utf-8")
     tokens = RANKS * accumulation * MICRO_BATCH * SHAPE["max_seq_len"]
     config = TrainingConfig(
         **SHAPE,
@@ -48,7 +46,7 @@ def engine(stage: int, accumulation: int, sums: str, folder: Path) -> Any:
         training_tokens=10_000 * tokens,
         zero_stage=stage,
         warmup_iterations=10,
-        deepspeed_overlay=str(overlay),
+        deepspeed_overlay=str(folder / f"{sums}.json"),
     )
     ds_json = deepspeed_config(config, derive(config, RANKS, SHAPE["vocab_size"]), deepspeed_engine.accelerator())
     return deepspeed_engine.build(lambda: LLaMaTransformer(config, None), ds_json)[0]
@@ -107,6 +105,9 @@ def main() -> None:
     launcher = Path(sys.executable).with_name("deepspeed")
     with tempfile.TemporaryDirectory() as place:
         out = Path(place) / "sums.json"
+        for sums in TYPES:
+            overlay = json.dumps({"communication_data_type": sums})
+            (Path(place) / f"{sums}.json").write_text(overlay, encoding="utf-8")
         command = [launcher, "-q", "--num_gpus", RANKS, "--master_port", free_port(), "--module", "benchmarks.sums"]
         subprocess.run([*map(str, command), "--out", str(out), "--rounds", str(options.rounds)], check=True)
         told = json.loads(out.read_text(encoding="utf-8"))

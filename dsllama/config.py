@@ -39,7 +39,7 @@ class TrainingConfig(BaseModel):
     tokenizer_path: str = "bpe_8k.json"
     """The tokenizer's JSON file, as `dsllama tokenizer` writes it."""
     ckpt_dir: str = "checkpoints"
-    """Folder for checkpoints; the resolved configuration is saved there too. Shared between hosts."""
+    """Folder for checkpoints; what each start was configured with lies in `starts` below it. Shared between hosts."""
     log_file: str = "training_progress.csv"
     """CSV file, one row per logged update; the loss plot (.png) and the samples (.samples.txt) lie beside it."""
     tensorboard_dir: str | None = None
