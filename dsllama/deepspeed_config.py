@@ -127,8 +127,13 @@ def _binding(config: TrainingConfig, derived: Derived, zero: ZeroSettings) -> Js
                 "min_lr": config.min_lr,
             },
         },
-        "bf16": {"enabled": config.precision == "bf16"},
-        "fp16": {"enabled": config.precision == "fp16"},
+        # The rest of the two sections would take the optimizer's fp32 copies, sums or states away.
+        "bf16": {
+            "enabled": config.precision == "bf16",
+            "bf16_master_weights_and_grads": False,
+            "bf16_optimizer_states": False,
+        },
+        "fp16": {"enabled": config.precision == "fp16", "fp16_master_weights_and_grads": False},
         "data_types": {"grad_accum_dtype": "fp32"},
         # Always said: DeepSpeed clips at 1.0 where it is left out.
         "gradient_clipping": config.gradient_clipping,

@@ -170,6 +170,15 @@ TRAINING: dict[str, tuple[Prepare, list[str]]] = {
     "other accumulation": (overlay({"gradient_accumulation_steps": 3}), ["gradient_accumulation_steps = 3", "gives 4"]),
     "other rate": (overlay({"optimizer": {"params": {"lr": 1.0}}}), ["optimizer.params.lr = 1.0", "gives 0.01"]),
     "other precision": (overlay({"fp16": {"enabled": True}}), ["fp16.enabled = True", "precision"]),
+    "masters in bf16": (
+        overlay({"bf16": {"bf16_master_weights_and_grads": True}}),
+        ["bf16.bf16_master_weights_and_grads = True", "gives false"],
+    ),
+    "masters in fp16": (
+        overlay({"fp16": {"fp16_master_weights_and_grads": True}}),
+        ["fp16.fp16_master_weights_and_grads = True", "gives false"],
+    ),
+    "moments in bf16": (overlay({"bf16": {"bf16_optimizer_states": True}}), ["bf16.bf16_optimizer_states = True"]),
     "other clipping": (overlay({"gradient_clipping": 5}), ["gradient_clipping = 5", "gives 1.0"]),
     "other scheduler": (overlay({"scheduler": {"type": "WarmupLR"}}), ["scheduler.type", "DsllamaScheduler"]),
     "other stage": (
