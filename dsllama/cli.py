@@ -163,7 +163,7 @@ def _config(options: argparse.Namespace) -> int:
     import yaml
 
     from dsllama.data.tokenizer import Tokenizer
-    from dsllama.deepspeed_config import deepspeed_config
+    from dsllama.deepspeed_config import deepspeed_config, engine_lines
     from dsllama.derived import DEFAULT_VOCABULARY, derive
     from dsllama.training.engine import accelerator
 
@@ -179,7 +179,7 @@ def _config(options: argparse.Namespace) -> int:
     derived = derive(config, options.world_size, vocab_size)
     ds_json = deepspeed_config(config, derived, accelerator())
     if options.only == "all":
-        print("\n".join(derived.lines(config)) + note + "\n")
+        print("\n".join([*derived.lines(config), *engine_lines(config, ds_json)]) + note + "\n")
     if options.only != "deepspeed":
         print(yaml.safe_dump(config.to_dict(), sort_keys=False))
     if options.only != "config":

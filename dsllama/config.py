@@ -96,8 +96,8 @@ class TrainingConfig(BaseModel):
     """Largest global gradient norm; 0 for no clipping."""
 
     max_skipped_updates: Positive = 3
-    """Updates in a row that may be skipped because their gradients are not finite; then the run stops. Not while fp16
-    searches for its loss scale."""
+    """Updates in a row that are skipped because their gradients are not finite until the run stops. Not counted while
+    fp16 searches for its loss scale; fp32 at stage 0 stops at the first."""
 
     # --- Length of the run, evaluation, checkpoints ---
     training_tokens: Positive = 45_000_000_000

@@ -2,7 +2,7 @@
 
     what the configuration derives   binding: an overlay may leave it out, say "auto", or say the same
     what we recommend beside it      an overlay may change it (bucket sizes, monitors, ...)
-    the overlay                      ds_configs/*.json, or the user's own
+    the overlay                      ds_configs/*.json, or the user's own; null and "auto" leave a value to us
 
 Every key is known, at every depth; the result has passed DeepSpeed's own configuration class.
 """
@@ -83,6 +83,25 @@ def zero_settings(config: TrainingConfig, overlay: Json) -> ZeroSettings:
     )
 
 
+def engine_lines(config: TrainingConfig, ds_config: Json) -> list[str]:
+    """For people: what the engine of this JSON, which was made for this configuration, does with gradients."""
+    zero = ds_config["zero_optimization"]
+    parts = [f"engine       DeepSpeed ZeRO-{zero['stage']}", config.precision]
+    summed = "4-bit integers" if zero.get("zero_quantized_gradients") else ds_config["communication_data_type"]
+    parts.append(f"gradients accumulate in fp32 and are summed over ranks in {summed}")
+    for what, name in (("optimizer", "offload_optimizer"), ("parameters", "offload_param")):
+        if (device := zero.get(name, {}).get("device", "none")) != "none":
+            parts.append(f"{what} on {device}")
+    asked = zero_settings(config, read_overlay(config)).asked_stage
+    lines = [", ".join(parts)]
+    if asked != zero["stage"]:
+        lines.append(
+            f"             zero_stage {asked} in {config.precision} runs as ZeRO-{zero['stage']}: DeepSpeed's own "
+            f"stage {asked} computes wrong updates there"
+        )
+    return lines
+
+
 def deepspeed_config(config: TrainingConfig, derived: Derived, accelerator: str = "cuda") -> Json:
     """The complete JSON for this run, accepted by DeepSpeed's own configuration class.
 
@@ -93,14 +112,16 @@ def deepspeed_config(config: TrainingConfig, derived: Derived, accelerator: str 
     problems = list(_unknown_keys(overlay, config))
     zero = zero_settings(config, overlay)
     problems += _impossible(zero)
+    problems += list(_alterations(overlay, config))
     binding = _binding(config, derived, zero)
     asked = _merge(binding, {"zero_optimization": {"stage": zero.asked_stage}})
     problems += list(_contradictions(asked, overlay, config))
+    binding = _merge(binding, _FIXED)
     recommended = _recommended(derived, zero, accelerator)
     problems += list(_stray_autos(_merge(recommended, binding), overlay, config))
     if problems:
         raise UserError(problems, "the DeepSpeed configuration is wrong")
-    complete = _merge(_merge(recommended, overlay), binding)
+    complete = _merge(_merge(recommended, _said(overlay)), binding)
     _pass_deepspeeds_own_check(complete, config, derived.world_size)
     return complete
 
@@ -127,18 +148,37 @@ def _binding(config: TrainingConfig, derived: Derived, zero: ZeroSettings) -> Js
                 "min_lr": config.min_lr,
             },
         },
-        # The rest of the two sections would take the optimizer's fp32 copies, sums or states away.
-        "bf16": {
-            "enabled": config.precision == "bf16",
-            "bf16_master_weights_and_grads": False,
-            "bf16_optimizer_states": False,
-        },
-        "fp16": {"enabled": config.precision == "fp16", "fp16_master_weights_and_grads": False},
-        "data_types": {"grad_accum_dtype": "fp32"},
+        "bf16": {"enabled": config.precision == "bf16"},
+        "fp16": {"enabled": config.precision == "fp16"},
         # Always said: DeepSpeed clips at 1.0 where it is left out.
         "gradient_clipping": config.gradient_clipping,
         "zero_optimization": zero_json,
     }
+
+
+# Any other value makes gradients, or the optimizer's state, something else than the head of a run says.
+_FIXED: Json = {
+    "bf16": {"bf16_master_weights_and_grads": False, "bf16_optimizer_states": False, "check_grad_overflow": True},
+    "fp16": {"fp16_master_weights_and_grads": False},
+    "data_types": {"grad_accum_dtype": "fp32"},
+    "torch_autocast": {"enabled": False},
+    "zero_optimization": {"compute_grad_norm": True},
+    "gradient_allreduce_op": "mean",
+    "prescale_gradients": False,
+    "gradient_predivide_factor": 1.0,
+}
+_FIXED_BECAUSE = {
+    "bf16_master_weights_and_grads": "the optimizer's copies of the weights, and the sums of gradients, are fp32",
+    "fp16_master_weights_and_grads": "the optimizer's copies of the weights, and the sums of gradients, are fp32",
+    "bf16_optimizer_states": "the optimizer's states are fp32",
+    "check_grad_overflow": "gradients that are not finite are never applied",
+    "grad_accum_dtype": "gradients accumulate in fp32",
+    "enabled": "the field precision decides, and autocast sums gradients in half precision, or scales them wrongly",
+    "compute_grad_norm": "the norm of the gradients tells whether they are finite",
+    "gradient_allreduce_op": "the gradient is the mean over all tokens of an update",
+    "prescale_gradients": "sums over ranks are fp32, which needs no scaling beforehand",
+    "gradient_predivide_factor": "sums over ranks are fp32, which needs no scaling beforehand",
+}
 
 
 def _adamw(config: TrainingConfig, zero: ZeroSettings) -> Json:
@@ -182,14 +222,15 @@ def _recommended(derived: Derived, zero: ZeroSettings, accelerator: str) -> Json
 def _impossible(zero: ZeroSettings) -> list[Problem]:
     """Combinations that only show once configuration and overlay are put together."""
     problems = []
-    if zero.stage not in (0, 1, 2, 3):
-        problems.append(Problem("zero_optimization.stage", "must be 0, 1, 2 or 3", value=zero.stage))
-    elif zero.offload_params != "none" and zero.stage != 3:
-        problems.append(Problem("offload_params", f"needs zero_stage 3, not {zero.stage}", value=zero.offload_params))
-    elif zero.offload_optimizer != "none" and zero.asked_stage == 0:
+    asked = zero.asked_stage
+    if type(asked) is not int or asked not in (0, 1, 2, 3):
+        problems.append(Problem("zero_optimization.stage", "must be 0, 1, 2 or 3", value=asked))
+    elif zero.offload_params != "none" and asked != 3:
+        problems.append(Problem("offload_params", f"needs zero_stage 3, not {asked}", value=zero.offload_params))
+    elif zero.offload_optimizer != "none" and asked == 0:
         problems.append(Problem("offload_optimizer", "needs zero_stage 1 or more", value=zero.offload_optimizer))
-    elif zero.offload_optimizer == "nvme" and zero.stage != 3:
-        problems.append(Problem("offload_optimizer", f"to nvme needs zero_stage 3, not {zero.stage}"))
+    elif zero.offload_optimizer == "nvme" and asked != 3:
+        problems.append(Problem("offload_optimizer", f"to nvme needs zero_stage 3, not {asked}"))
     if "nvme" in (zero.offload_optimizer, zero.offload_params) and not zero.nvme_path:
         problems.append(Problem("nvme_path", "must name a folder on the NVMe disk", "use --nvme_path /local/nvme"))
     return problems
@@ -204,6 +245,12 @@ def _merge(base: Json, above: Json) -> Json:
     return merged
 
 
+def _said(overlay: Json) -> Json:
+    """The overlay without what it leaves to us."""
+    kept = {key: _said(value) if isinstance(value, dict) else value for key, value in overlay.items()}
+    return {key: value for key, value in kept.items() if value is not None and value != "auto"}
+
+
 def _leaves(tree: Json, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     for key, value in tree.items():
         if isinstance(value, dict):
@@ -212,10 +259,22 @@ def _leaves(tree: Json, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
             yield (*path, str(key)), value
 
 
+def _alterations(overlay: Json, config: TrainingConfig) -> Iterator[Problem]:
+    fixed = dict(_leaves(_FIXED))
+    for path, value in _leaves(overlay):
+        if path in fixed and value not in (None, "auto") and value != fixed[path]:
+            yield Problem(
+                f"{config.deepspeed_overlay}: {'.'.join(path)}",
+                f"must be {json.dumps(fixed[path])}: {_FIXED_BECAUSE[path[-1]]}",
+                "leave it out of the overlay",
+                value,
+            )
+
+
 def _contradictions(binding: Json, overlay: Json, config: TrainingConfig) -> Iterator[Problem]:
     derived = dict(_leaves(binding))
     for path, value in _leaves(overlay):
-        if path in derived and value != "auto" and value != derived[path]:
+        if path in derived and value not in (None, "auto") and value != derived[path]:
             yield Problem(
                 f"{config.deepspeed_overlay}: {'.'.join(path)}",
                 f"contradicts the configuration, which gives {json.dumps(derived[path])} ({_origin(path)})",
@@ -255,7 +314,6 @@ _ORIGINS = {
     "scheduler": "schedule, max_lr, min_lr, warmup_iterations, training_tokens",
     "bf16": "precision",
     "fp16": "precision",
-    "data_types": "gradients are always summed in fp32",
     "gradient_clipping": "gradient_clipping",
 }
 

@@ -33,6 +33,14 @@ TRAININGS: dict[str, dict[str, Any]] = {
 }
 ON_ONE_RANK: dict[str, dict[str, Any]] = {
     "huge_rate": {"precision": "bf16", "max_lr": 3e3, "min_lr": 0, "warmup_iterations": 1},
+    # Each update multiplies the weights by -1e41.
+    "huge_decay": {
+        "token_ckpt": 256,
+        "max_lr": 1e38,
+        "weight_decay": 1000,
+        "warmup_iterations": 1,
+        "schedule": "constant",
+    },
     "diverging": {"token_ckpt": 256, "max_lr": 1e38, "schedule": "constant", "gradient_clipping": 0},
     "reporting": {
         "validation_tokens": 1000,
@@ -106,6 +114,10 @@ class Campaign:
             }
             run = self.runs["without_tokenizer", 1] = Run(self.root / launch / "without_tokenizer", settings)
             arguments = {"words": run.words(), "tokenizer": str(self.data.tokenizer.path)}
+            overlay = self.root / f"{launch}_param_dtype.json"
+            overlay.write_text('{"data_types": {"param_dtype": "bf16"}}', encoding="utf-8")
+            refused = Run(self.root / launch / "refused", {**self.data.settings, "deepspeed_overlay": overlay})
+            calls["refused_by_the_engine"] = Call("dsllama.training.run:main", {"argv": refused.words()})
             calls["without_tokenizer"] = Call("tests.engine_tasks:train_without_tokenizer", arguments)
             calls["partitioned"] = Call("tests.partitioned_model:report")
         return calls

@@ -19,9 +19,21 @@ NAN: dict[str, tuple[int, dict[str, Any], list[int]]] = {
     "nan_fp32_stage3": (1, {"zero_stage": 3}, ALWAYS),
     "nan_bf16_stage0": (1, {"zero_stage": 0, "precision": "bf16"}, ALWAYS),
     "nan_bf16_stage2": (2, {"zero_stage": 2, "precision": "bf16"}, ALWAYS),
-    "nan_from_6": (1, {"zero_stage": 1, "token_ckpt": 5 * 256, "max_skipped_updates": 2}, ALWAYS[5:]),
+    "nan_from_6": (1, {"zero_stage": 1, "token_ckpt": 256, "max_skipped_updates": 2}, ALWAYS[5:]),
+    "nan_at_the_end": (1, {"zero_stage": 2, "training_tokens": 7 * 256, "token_ckpt": "1G"}, [6, 7]),
     "nan_now_and_then": (2, {"zero_stage": 2, "token_ckpt": "1G"}, [4, 6, 7]),
     "nan_fp16": (1, {"zero_stage": 1, "precision": "fp16", "deepspeed_overlay": {"initial_scale_power": 3}}, ALWAYS),
+    "static_fp16": (1, {"zero_stage": 2, "precision": "fp16", "deepspeed_overlay": {"loss_scale": 2.0**40}}, []),
+    "fp16_too_short": (
+        1,
+        {
+            "precision": "fp16",
+            "training_tokens": 3 * 256,
+            "warmup_iterations": 1,
+            "deepspeed_overlay": {"initial_scale_power": 30},
+        },
+        [],
+    ),
     # It skips until its scale is small enough: more than three times in a row, and that is right.
     "fp16_search": (1, {"zero_stage": 0, "precision": "fp16", "deepspeed_overlay": {"initial_scale_power": 28}}, []),
 }
@@ -47,6 +59,10 @@ def work(folder: Path, data: TinyData, ranks: int) -> tuple[dict[str, Call], dic
             runs[name] = Run(folder / name, {**data.settings, **settings})
             arguments = {"words": runs[name].words(), "updates": updates, "fp16_on_cpu": fp16}
             calls[name] = Call(f"{tasks}:train_with_nan", arguments)
+    if ranks == 1:
+        more = {**runs["nan_at_the_end"].settings, "load_ckpt": "auto", "training_tokens": 20 * 256}
+        going_on = Run(folder / "nan_at_the_end", more)
+        calls["nan_again"] = Call(f"{tasks}:train_with_nan", {"words": going_on.words(), "updates": ALWAYS})
     if ranks == 2:
         rounded = {"deepspeed_overlay": _overlay(folder, "bf16_sums", {"communication_data_type": "bf16"})}
         calls["exact_rounded"] = _exact(folder / "exact_rounded", {**EXACT["exact_bf16_stage1"], **rounded})

@@ -172,19 +172,36 @@ TRAINING: dict[str, tuple[Prepare, list[str]]] = {
     "other precision": (overlay({"fp16": {"enabled": True}}), ["fp16.enabled = True", "precision"]),
     "masters in bf16": (
         overlay({"bf16": {"bf16_master_weights_and_grads": True}}),
-        ["bf16.bf16_master_weights_and_grads = True", "gives false"],
+        ["bf16.bf16_master_weights_and_grads = True", "must be false", "leave it out"],
     ),
     "masters in fp16": (
         overlay({"fp16": {"fp16_master_weights_and_grads": True}}),
-        ["fp16.fp16_master_weights_and_grads = True", "gives false"],
+        ["fp16.fp16_master_weights_and_grads = True", "must be false"],
     ),
     "moments in bf16": (overlay({"bf16": {"bf16_optimizer_states": True}}), ["bf16.bf16_optimizer_states = True"]),
+    "sums in bf16": (overlay({"data_types": {"grad_accum_dtype": "bf16"}}), ['must be "fp32"', "accumulate in fp32"]),
+    "no look at the gradients": (
+        overlay({"bf16": {"check_grad_overflow": False}, "zero_optimization": {"compute_grad_norm": False}}),
+        ["bf16.check_grad_overflow", "zero_optimization.compute_grad_norm", "must be true"],
+    ),
+    "autocast": (overlay({"torch_autocast": {"enabled": True}}), ["torch_autocast.enabled", "precision decides"]),
+    "sum over ranks": (overlay({"gradient_allreduce_op": "sum"}), ['must be "mean"', "mean over all tokens"]),
+    "scaled before the sum": (
+        overlay({"prescale_gradients": True, "gradient_predivide_factor": 3}),
+        ["prescale_gradients", "gradient_predivide_factor = 3", "must be 1.0"],
+    ),
     "other clipping": (overlay({"gradient_clipping": 5}), ["gradient_clipping = 5", "gives 1.0"]),
     "other scheduler": (overlay({"scheduler": {"type": "WarmupLR"}}), ["scheduler.type", "DsllamaScheduler"]),
     "other stage": (
         lambda f, s: (overlay({"zero_optimization": {"stage": 3}})(f, s), s.update(zero_stage=2)),
         ["zero_optimization.stage = 3", "gives 2"],
     ),  # type: ignore[dict-item, func-returns-value]
+    "stage that is a boolean": (overlay({"zero_optimization": {"stage": True}}), ["stage = True", "0, 1, 2 or 3"]),
+    "stage that is a fraction": (overlay({"zero_optimization": {"stage": 0.0}}), ["stage = 0.0", "0, 1, 2 or 3"]),
+    "parameters off at stage 0": (
+        overlay({"zero_optimization": {"stage": 0, "offload_param": {"device": "cpu"}}}),
+        ["needs zero_stage 3, not 0"],
+    ),
     "stage of nine": (overlay({"zero_optimization": {"stage": 9}}), ["stage", "0, 1, 2 or 3"]),
     "auto that nothing derives": (
         overlay({"zero_optimization": {"sub_group_size": "auto"}}),

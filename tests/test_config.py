@@ -142,7 +142,7 @@ def test_deepspeed_json_is_complete_and_says_what_the_configuration_says(
     content = ds_json(world_size, zero_stage=stage, precision=precision, gradient_clipping=0.5)
     batch = [content[k] for k in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")]
     assert batch == [256, 4, 64 // world_size]
-    assert "auto" not in json.dumps(content)
+    assert '"auto"' not in json.dumps(content)
     assert content["gradient_clipping"] == 0.5
     # DeepSpeed's own stage 0 computes wrong updates in half precision.
     assert content["zero_optimization"]["stage"] == (stage if precision == "fp32" else max(stage, 1))
@@ -179,15 +179,22 @@ def test_an_overlay_may_repeat_or_leave_to_auto_what_is_derived_and_tune_the_res
         json.dumps(
             {
                 "train_batch_size": "auto",
+                "steps_per_print": "auto",
+                "communication_data_type": None,
+                "gradient_clipping": None,
                 "train_micro_batch_size_per_gpu": 4,
                 "bf16": {"enabled": "auto"},
-                "zero_optimization": {"stage": 2, "reduce_bucket_size": 123456},
+                "zero_optimization": {"stage": 2, "reduce_bucket_size": 123456, "allgather_bucket_size": "auto"},
                 "optimizer": {"params": {"lr": "auto"}},
             }
         )
     )
     content = ds_json(deepspeed_overlay=str(overlay))
     assert content["zero_optimization"]["reduce_bucket_size"] == 123456
+    silent = ds_json(zero_stage=2)
+    for name in ("steps_per_print", "communication_data_type", "gradient_clipping"):
+        assert content[name] == silent[name]
+    assert content["zero_optimization"]["allgather_bucket_size"] == silent["zero_optimization"]["allgather_bucket_size"]
     assert content["train_batch_size"] == 256 and content["optimizer"]["params"]["lr"] == 3e-4
 
 

@@ -163,6 +163,11 @@ def misfits(checkpoint: Checkpoint, config: TrainingConfig, topology: dict[str, 
             )
         )
     saved = checkpoint.manifest["topology"]
+    if saved["zero_stage"] == 0 and saved["precision"] != "fp32" and topology["zero_stage"] != 0:
+        # Such a run is ZeRO-1 today, so "resume with zero_stage 0" would lead nowhere.
+        rule = f"was saved by DeepSpeed's own stage 0 in {saved['precision']}, which computed wrong updates"
+        remedy = "start anew; `dsllama generate` and `dsllama export` still read it"
+        return [*problems, Problem(str(checkpoint.path), rule, remedy)]
     for name, value in topology.items():
         # DeepSpeed's stage 0 files hold everything in one piece: they load on any number of ranks.
         if saved[name] != value and not (name == "ranks" and saved["zero_stage"] == topology["zero_stage"] == 0):

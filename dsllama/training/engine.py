@@ -13,6 +13,7 @@ import os
 import shutil
 import socket
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from dsllama.config import TrainingConfig
-from dsllama.errors import Problem
+from dsllama.errors import Problem, UserError
 from dsllama.scheduler import DEEPSPEED_NAME, Scheduler
 
 Json = dict[str, Any]
@@ -133,6 +134,7 @@ def build(model_factory: Callable[[], torch.nn.Module], ds_config: Json) -> tupl
     """The DeepSpeed engine round a model, and the scheduler that it built from the JSON.
 
     Under ZeRO-3 the parameters are partitioned while the model is built, so that no rank ever holds all of it.
+    Raises UserError where DeepSpeed refuses settings that only the engine looks at.
     """
     import deepspeed
     from deepspeed.runtime import bf16_optimizer, lr_schedules
@@ -149,7 +151,18 @@ def build(model_factory: Callable[[], torch.nn.Module], ds_config: Json) -> tupl
     partitioned = ds_config["zero_optimization"]["stage"] == 3
     with deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=partitioned):
         model = model_factory()
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=ds_config)
+    try:
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=ds_config)
+    except (AssertionError, ValueError, NotImplementedError) as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(
+            Problem(
+                "the DeepSpeed configuration",
+                f"DeepSpeed builds no engine from it: {' '.join(str(error).split()) or place.line} "
+                f"({Path(place.filename).name}:{place.lineno})",
+                "see `dsllama config` for all of it; an overlay's keys are the likeliest",
+            )
+        ) from None
     scaler = _loss_scaler(engine)
     if scaler is not None and scaler.dynamic:
         scaler.raise_error_at_min_scale = False  # the trainer stops the run, with words
@@ -158,20 +171,31 @@ def build(model_factory: Callable[[], torch.nn.Module], ds_config: Json) -> tupl
 
 @dataclass(frozen=True)
 class Skips:
-    """How many updates an engine has left out because their gradients were not finite; and, where it searches a
-    dynamic loss scale (fp16), the scale, and whether that is the smallest there is."""
+    """How many updates an engine has left out because their gradients were not finite; and in fp16 its loss scale,
+    whether it searches for that by skipping (a dynamic one), and whether it is at the smallest there is."""
 
     count: int
     loss_scale: float | None = None
+    searches: bool = False
     at_its_end: bool = False
 
 
 def skips(engine: Any) -> Skips:
     """What the engine has skipped so far, over all runs."""
     scaler = _loss_scaler(engine)
-    if scaler is None or not scaler.dynamic:
+    if not engine.fp16_enabled():
         return Skips(engine.skipped_steps)
-    return Skips(engine.skipped_steps, scaler.cur_scale, scaler.cur_scale <= scaler.min_scale)
+    at_its_end = scaler.dynamic and scaler.cur_scale <= scaler.min_scale
+    return Skips(engine.skipped_steps, scaler.cur_scale, scaler.dynamic, at_its_end)
+
+
+def weights_are_finite(engine: Any) -> bool:
+    """Whether the model's weights are all finite, on all ranks. Collective."""
+    # Under ZeRO-3 each rank looks at its own part; one that lies on NVMe leaves an empty tensor here.
+    parts = [getattr(parameter, "ds_tensor", parameter).detach() for parameter in engine.module.parameters()]
+    bad = torch.stack([~part.isfinite().all().to(engine.device) for part in parts]).any().float()
+    dist.all_reduce(bad, dist.ReduceOp.MAX)
+    return not bool(bad)
 
 
 def _loss_scaler(engine: Any) -> Any:

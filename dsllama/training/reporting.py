@@ -97,6 +97,7 @@ class Report:
             "mfu": row.mfu,
             "memory_gib": row.memory_gib,
             "validation_loss": row.validation_loss,
+            "skipped_updates": row.skipped_updates,
         }
         for name, value in scalars.items():
             if value is not None:

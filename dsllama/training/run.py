@@ -80,12 +80,17 @@ def _train(job: Job, rank: int, world_size: int) -> int:
         _announce(job)
         note_start(Path(job.config.ckpt_dir), run_files(job))
     try:
-        outcome = Trainer(job, world, stop).run()
+        try:
+            trainer = Trainer(job, world, stop)
+        except UserError as error:  # DeepSpeed's, the same on every rank
+            return _complain(str(error) if world.is_main else "", rank, EXIT_USER_ERROR)
+        outcome = trainer.run()
     except UserError as error:  # data that turn out bad on the way, on whichever rank reads them
         print(f"rank {rank}: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     except TrainingFailed as error:
-        return _complain(f"training stopped: {error}", rank, EXIT_FAILED)
+        # Every rank has come to the same, so one says it.
+        return _complain(f"training stopped: {error}" if world.is_main else "", rank, EXIT_FAILED)
     if world.is_main:
         _summarize(job, outcome)
     return EXIT_STOPPED if outcome.stopped_by else 0
@@ -244,26 +249,20 @@ def _complain(text: str, rank: int, code: int) -> int:
     if rank != 0:
         # Where the main rank has the same to say, the launcher ends this one meanwhile; else this one says it.
         time.sleep(_LET_MAIN_SPEAK_SECONDS)
-        text = f"rank {rank}: {text}"
-    print(text, file=sys.stderr, flush=True)
+        text = text and f"rank {rank}: {text}"
+    if text:
+        print(text, file=sys.stderr, flush=True)
     return code
 
 
 def _announce(job: Job) -> None:
-    zero = job.topology
-    offload = [
-        f"{what} on {zero[key]}"
-        for what, key in (("optimizer", "offload_optimizer"), ("parameters", "offload_params"))
-        if zero[key] != "none"
-    ]
+    from dsllama.deepspeed_config import engine_lines
+
     print(
         "\n".join(
             [
                 *job.derived.lines(job.config),
-                f"engine       DeepSpeed ZeRO-{zero['zero_stage']}, {zero['precision']}, gradients accumulate in fp32 "
-                f"and are summed over ranks in {job.ds_config['communication_data_type']}"
-                + (", " + ", ".join(offload) if offload else ""),
-                *_stage_0_in_half_precision(job),
+                *engine_lines(job.config, job.ds_config),
                 "versions     " + ", ".join(f"{name} {number}" for name, number in versions().items()),
                 f"data         {job.config.dataset_dir}: {readable(job.loader.stream.tokens)} tokens",
             ]
@@ -278,25 +277,13 @@ def _announce(job: Job) -> None:
         )
 
 
-def _stage_0_in_half_precision(job: Job) -> list[str]:
-    from dsllama.deepspeed_config import read_overlay, zero_settings
-
-    asked = zero_settings(job.config, read_overlay(job.config)).asked_stage
-    if asked == job.topology["zero_stage"]:
-        return []
-    return [
-        f"             zero_stage {asked} in {job.config.precision} runs as ZeRO-1: DeepSpeed's own stage 0 computes "
-        "wrong updates there"
-    ]
-
-
 def _summarize(job: Job, outcome: Outcome) -> None:
     config = job.config
     head = f"stopped by {outcome.stopped_by} after" if outcome.stopped_by else "finished:"
     print(
         f"{head} update {outcome.update} of {job.derived.updates}, {readable(outcome.tokens)} tokens, "
         f"loss {outcome.last_loss:.4f}, {readable(outcome.tokens_per_second)} tok/s, "
-        f"{readable_duration(outcome.seconds)}"
+        f"{readable_duration(outcome.seconds)}" + (f"; {outcome.skipped} updates skipped" if outcome.skipped else "")
     )
     if outcome.checkpoint is not None:
         print(f"checkpoint   {outcome.checkpoint.path}\nlog          {config.log_file}")

@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -60,7 +60,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended. first_loss is of this process's first update; checkpoint the last one that is published."""
+    """How a run ended. first_loss is of this process's first update; checkpoint the last one that is published;
+    skipped: updates of this process that were left out."""
 
     update: int
     tokens: int
@@ -70,6 +71,7 @@ class Outcome:
     seconds: float
     checkpoint: Checkpoint | None
     stopped_by: str = ""
+    skipped: int = 0
 
 
 def topology(config: TrainingConfig, ds_config: dict[str, Any], ranks: int) -> dict[str, Any]:
@@ -82,6 +84,17 @@ def topology(config: TrainingConfig, ds_config: dict[str, Any], ranks: int) -> d
         "offload_optimizer": zero.get("offload_optimizer", {}).get("device", "none"),
         "offload_params": zero.get("offload_param", {}).get("device", "none"),
     }
+
+
+@dataclass
+class Streak:
+    """Updates in a row that were skipped; in_vain: those of them that brought no smaller loss scale.
+
+    It is saved: a run that is restarted again and again must not begin to count anew each time.
+    """
+
+    skipped: int = 0
+    in_vain: int = 0
 
 
 class Trainer:
@@ -100,11 +113,11 @@ class Trainer:
         checkpoints.seed_everything(self.config.seed + 1 + world.rank)
         self.update = 0
         self.last_checkpoint = job.resume_from
+        self.streak = Streak()
         if job.resume_from is not None:
             self._resume(job.resume_from)
         self.first_update = self.update + 1
-        self.skips = deepspeed_engine.skips(self.engine)
-        self.skipped_in_a_row = 0
+        self.skips = self.skips_before = deepspeed_engine.skips(self.engine)
         # The textbook's engine reports no norm for fp32 at stage 0; there it is taken from the gradients themselves.
         self.norm_from_gradients = self.config.precision == "fp32" and job.topology["zero_stage"] == 0
         peak = self.config.peak_tflops or peak_tflops(world.device)
@@ -122,22 +135,27 @@ class Trainer:
             self.lap_update = self.update
             first_loss = loss = math.nan
             stopped_by = ""
+            save_is_due = False
             while self.update < updates and not stopped_by:
                 self.update += 1
                 self.scheduler.step(self.update)
                 self.learning_rate = self.scheduler.get_current_lr()
                 loss, norm, somebody_stops = self.train_one_update()
                 first_loss = loss if self.update == self.first_update else first_loss
-                skipped = self._notice_skip()
-                self._insist_on_finite(loss, norm, skipped)
+                self._insist_on_finite(loss, norm)
                 validation = self._evaluate() if self._every(config.eval_interval) and self.job.validation else None
                 if self._every(config.log_interval) or self.update in (self.first_update, updates) or validation:
                     self._log(loss, norm, validation)
                 if config.sample_prompts and is_sample_update(self.update, config):
                     self._sample()
                 stopped_by = self.stop.signal_name or "another rank" if somebody_stops else ""
-                if stopped_by or self.update == updates or self._crosses(config.token_ckpt):
+                if self.update == updates and not self._applied():
+                    self._give_up(f"{self._place(self.first_update)}: each was skipped, so nothing has been trained")
+                save_is_due |= self._crosses(config.token_ckpt)
+                # A checkpoint amid skipped updates could only be worth less than the next one.
+                if stopped_by or self.update == updates or (save_is_due and not self.streak.skipped):
                     self._save(loss)
+                    save_is_due = False
             seconds = time.perf_counter() - self.started
         trained = (self.update - self.first_update + 1) * config.tokens_per_update
         return Outcome(
@@ -149,6 +167,7 @@ class Trainer:
             seconds,
             self.last_checkpoint,
             stopped_by if self.update < updates else "",
+            self.skips.count - self.skips_before.count,
         )
 
     def train_one_update(self) -> tuple[float, float | None, bool]:
@@ -185,6 +204,10 @@ class Trainer:
 
     def _every(self, interval: int) -> bool:
         return self.update % interval == 0
+
+    def _applied(self) -> int:
+        """Updates of this process that have changed the weights."""
+        return self.update - self.first_update + 1 - (self.skips.count - self.skips_before.count)
 
     def _crosses(self, tokens: int) -> bool:
         """Whether this update is the first at or beyond a multiple of `tokens`."""
@@ -259,6 +282,8 @@ class Trainer:
 
     def _save(self, loss: float) -> None:
         config = self.config
+        if not deepspeed_engine.weights_are_finite(self.engine):
+            self._give_up(f"the weights are not finite after {self._place(self.update)}. They were not saved")
         manifest = {
             "tokens": self.tokens,
             "loss": loss,
@@ -267,6 +292,7 @@ class Trainer:
             "topology": self.job.topology,
             "vocab_size": self.derived.vocab_size,
             "schedule": self.scheduler.state_dict(),
+            "skipping": asdict(self.streak),
             "versions": versions(),
         }
         # The tokenizer that the run began with: the file may have been moved, or trained anew, since.
@@ -293,6 +319,7 @@ class Trainer:
         except RuntimeError as error:
             raise TrainingFailed(f"the checkpoint could not be loaded: {error}") from None
         self.update = source.update
+        self.streak = Streak(**source.manifest.get("skipping", {}))
         theirs = {**source.manifest["schedule"], "current_step": 1}
         if not self.config.use_prev_scheduler:
             self.scheduler.load_state_dict(fresh)
@@ -303,40 +330,45 @@ class Trainer:
                 flush=True,
             )
 
-    def _notice_skip(self) -> bool:
-        """Whether the engine has left this update out, which is said when it happens; too many in a row end the run.
+    def _insist_on_finite(self, loss: float, norm: float | None) -> None:
+        """Stop before anything that is not finite can reach a checkpoint; say what the engine has skipped."""
+        if not math.isfinite(loss):
+            self._give_up(f"the loss is {loss} at {self._place(self.update)}. Nothing of it was saved")
+        before, self.skips = self.skips, deepspeed_engine.skips(self.engine)
+        if self.skips.count > before.count:
+            self._notice_skip(before)
+            return
+        self.streak = Streak()
+        if norm is not None and not math.isfinite(norm):
+            self._give_up(f"the gradient norm is {norm} at {self._place(self.update)}. Nothing of it was saved")
+
+    def _notice_skip(self, before: deepspeed_engine.Skips) -> None:
+        """Say that the engine has left this update out; too many in a row end the run.
 
         DeepSpeed skips where gradients are not finite, on all ranks alike, and goes on without a word.
         """
-        before, now = self.skips, deepspeed_engine.skips(self.engine)
-        self.skips = now
-        if now.count == before.count:
-            self.skipped_in_a_row = 0
-            return False
-        self.skipped_in_a_row += 1
-        searches = now.loss_scale is not None  # fp16, which finds its loss scale by skipping
+        now, streak, limit = self.skips, self.streak, self.config.max_skipped_updates
+        streak.skipped += 1
         if self.world.is_main:
-            scale = f" at loss scale {before.loss_scale:g}, which is now {now.loss_scale:g}" if searches else ""
+            scale = f" at loss scale {before.loss_scale:g}" if before.loss_scale else ""
+            scale += f", which is now {now.loss_scale:g}" if now.loss_scale != before.loss_scale else ""
             print(
                 f"skipped      update {self.update}: its gradients are not finite{scale}; the weights are as before "
-                f"({self.skipped_in_a_row} in a row)",
+                f"({streak.skipped} in a row)",
                 flush=True,
             )
-        limit = "" if searches else f"{self.skipped_in_a_row} in a row (max_skipped_updates)"
-        if before.at_its_end:
-            limit = f"and {now.loss_scale:g} is the smallest loss scale"
-        if before.at_its_end or (not searches and self.skipped_in_a_row >= self.config.max_skipped_updates):
-            place = self._place(self.update - self.skipped_in_a_row + 1)
-            self._give_up(f"{place}: the gradients are not finite, so the weights stay as they are, {limit}")
-        return True
-
-    def _insist_on_finite(self, loss: float, norm: float | None, skipped: bool) -> None:
-        """Stop before anything that is not finite can reach a checkpoint."""
-        # What the engine skipped has not touched the weights.
-        if math.isfinite(loss) and (norm is None or math.isfinite(norm) or skipped):
+        if before.searches and not before.at_its_end:
+            streak.in_vain = 0
             return
-        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm}"
-        self._give_up(f"{what} at {self._place(self.update)}. Nothing of it was saved")
+        streak.in_vain += 1
+        if streak.in_vain >= limit:
+            why = f"{streak.in_vain} in a row (max_skipped_updates)"
+            if before.at_its_end:
+                why += f" at {before.loss_scale:g}, the smallest loss scale"
+            elif before.loss_scale:
+                why += f" at the loss scale {before.loss_scale:g} that fp16.loss_scale gives (0 there lets it be found)"
+            place = self._place(self.update - streak.skipped + 1)
+            self._give_up(f"{place}: the gradients are not finite, so the weights stay as they are, {why}")
 
     def _give_up(self, why: str) -> NoReturn:
         raise TrainingFailed(

@@ -23,3 +23,9 @@ def test_a_model_partitioned_while_it_is_built_has_the_same_weights_losses_and_g
     # Generating between two training steps leaves the second as it would have been.
     assert report["losses"] == pytest.approx([report["loss"]] * 2, rel=1e-6)
     assert report["ids"] == [report["reference_ids"]] * 2
+
+
+def test_what_only_the_engine_refuses_is_a_mistake_of_the_users_too(campaign: Campaign) -> None:
+    ended = campaign.ended("refused_by_the_engine")
+    assert ended.value == 2 and "DeepSpeed builds no engine from it" in ended.complained
+    assert "param_dtype" in ended.complained and "Traceback" not in ended.complained

@@ -41,6 +41,22 @@ def test_the_last_good_checkpoint_is_named_and_the_limit_is_a_setting(campaign: 
     ended, run = campaign.ended("nan_from_6"), campaign.runs["nan_from_6", 1]
     assert ended.value == 1 and skipped(ended.said) == [6, 7]
     assert f"The last good checkpoint is {run.checkpoint(5)}" in ended.complained
+    # What would only hold the same weights at a later update is not saved.
+    assert list_checkpoints(run.folder / "checkpoints")[-1] == run.checkpoint(5)
+
+
+def test_a_run_that_is_started_again_goes_on_counting(campaign: Campaign) -> None:
+    ended = campaign.ended("nan_at_the_end")
+    assert ended.value == 0 and "finished: update 7 of 7" in ended.said and "; 2 updates skipped" in ended.said
+    again = campaign.ended("nan_again")
+    assert again.value == 1 and skipped(again.said) == [8]
+    assert "updates 6 to 8 (samples 40 to 63, learning rate" in again.complained
+
+
+def test_weights_that_are_not_finite_are_not_saved(campaign: Campaign) -> None:
+    ended, run = campaign.ended("huge_decay"), campaign.runs["huge_decay", 1]
+    assert ended.code == 1 and "the weights are not finite after update 1 (samples 0 to 7" in ended.complained
+    assert list_checkpoints(run.folder / "checkpoints") == []
 
 
 def test_a_rate_that_ruins_every_gradient_stops_the_run(campaign: Campaign) -> None:
@@ -65,7 +81,20 @@ def test_fp16_may_skip_as_long_as_it_searches_for_its_scale(campaign: Campaign) 
 
 
 def test_fp16_stops_when_its_scale_is_at_its_end(campaign: Campaign) -> None:
-    # 8 (twice: DeepSpeed tolerates one), 4, 2, and 1, below which there is none.
+    # 8 (twice: DeepSpeed tolerates one), 4, 2, and then 1, below which there is none: three times.
     ended = campaign.ended("nan_fp16")
-    assert ended.value == 1 and skipped(ended.said) == [1, 2, 3, 4, 5]
-    assert "1 is the smallest loss scale" in ended.complained
+    assert ended.value == 1 and skipped(ended.said) == [1, 2, 3, 4, 5, 6, 7]
+    assert "3 in a row (max_skipped_updates) at 1, the smallest loss scale" in ended.complained
+    assert "update 7: its gradients are not finite at loss scale 1; the weights" in ended.said
+
+
+def test_fp16_at_a_scale_of_the_users_stops_as_other_precisions_do(campaign: Campaign) -> None:
+    ended = campaign.ended("static_fp16")
+    assert ended.value == 1 and skipped(ended.said) == [1, 2, 3]
+    assert "loss scale 1.09951e+12 that fp16.loss_scale gives (0 there lets it be found)" in ended.complained
+
+
+def test_a_run_that_ends_before_its_first_applied_update_has_failed(campaign: Campaign) -> None:
+    ended, run = campaign.ended("fp16_too_short"), campaign.runs["fp16_too_short", 1]
+    assert ended.value == 1 and "each was skipped, so nothing has been trained" in ended.complained
+    assert list_checkpoints(run.folder / "checkpoints") == []
