@@ -41,7 +41,7 @@ ON_ONE_RANK: dict[str, dict[str, Any]] = {
         "warmup_iterations": 1,
         "schedule": "constant",
     },
-    "diverging": {"token_ckpt": 256, "max_lr": 1e38, "schedule": "constant", "gradient_clipping": 0},
+    "diverging": {"zero_stage": 0, "token_ckpt": 256, "max_lr": 1e30, "schedule": "constant", "gradient_clipping": 0},
     "reporting": {
         "validation_tokens": 1000,
         "eval_interval": 5,
