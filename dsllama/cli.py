@@ -168,18 +168,19 @@ def _config(options: argparse.Namespace) -> int:
     from dsllama.training.engine import accelerator
 
     config = arguments.config_from(options)
-    note = ""
+    note = []
     if config.vocab_size is not None:
         vocab_size = config.vocab_size
     elif Path(config.tokenizer_path).exists():
         vocab_size = Tokenizer.load(config.tokenizer_path).vocab_size
     else:
         vocab_size = DEFAULT_VOCABULARY
-        note = f"\n             the vocabulary is assumed: there is no {config.tokenizer_path} yet"
+        note = [f"             the vocabulary is assumed: there is no {config.tokenizer_path} yet"]
     derived = derive(config, options.world_size, vocab_size)
     ds_json = deepspeed_config(config, derived, accelerator())
     if options.only == "all":
-        print("\n".join([*derived.lines(config), *engine_lines(config, ds_json)]) + note + "\n")
+        model, *rest = derived.lines(config)
+        print("\n".join([model, *note, *rest, *engine_lines(config, ds_json)]) + "\n")
     if options.only != "deepspeed":
         print(yaml.safe_dump(config.to_dict(), sort_keys=False))
     if options.only != "config":
