@@ -15,11 +15,33 @@ from dsllama.errors import Problem, UserError, did_you_mean
 _BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that gives the default where there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are UserErrors like every other, and which takes no abbreviations."""
+    """argparse whose complaints are UserErrors like every other, and which takes no abbreviations.
+
+    Words may stand among the options (`a.txt --out x b.txt`), as they may in any other command.
+    """
+
+    _mixing = False
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
+        super().__init__(allow_abbrev=False, formatter_class=_Help, **options)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, which alone takes only the first words in a row."""
+        if self._mixing or not any(action.nargs in ("*", "+") for action in self._get_positional_actions()):
+            return super().parse_known_args(args, namespace)
+        self._mixing = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._mixing = False
 
     def error(self, message: str) -> NoReturn:
         raise UserError(Problem("command line", message, f"see {self.prog} --help"))
@@ -33,7 +55,11 @@ class Parser(argparse.ArgumentParser):
             names = [word.split("=")[0].lstrip("-") for word in unknown]
             raise UserError(
                 [
-                    Problem(word.split("=")[0], "there is no such option", did_you_mean(name, known))
+                    Problem(
+                        word.split("=")[0],
+                        "there is no such option",
+                        did_you_mean(name, known, f"see {self.prog} --help"),
+                    )
                     for word, name in zip(unknown, names, strict=True)
                 ]
             )

@@ -7,16 +7,21 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from dsllama import arguments
+from dsllama import arguments, console
 from dsllama.arguments import Parser
 from dsllama.errors import EXIT_USER_ERROR, UserError
+from dsllama.paths import parse_path, parse_text
+from dsllama.sizes import parse_count
 
 Verb = Callable[[argparse.Namespace], int]
+_CHECKPOINT = "a checkpoint, or a folder of them (the newest)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns its exit code (2 for a mistake of the user's, said on one screen)."""
+    console.settle()
     try:
         options = _parser().parse_args(sys.argv[1:] if argv is None else argv)
         return options.verb(options)
@@ -26,13 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `dsllama config | head`
-        sys.stderr.close()
-        return 0
 
 
 def _parser() -> Parser:
     parser = Parser(prog="dsllama", description="Pretraining of Llama-style models with DeepSpeed.")
+    parser.add_argument("--version", action=_Versions, nargs=0, help="show what is installed, and exit")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
     def add(name: str, verb: Verb, text: str) -> argparse.ArgumentParser:
@@ -41,29 +44,27 @@ def _parser() -> Parser:
         return sub
 
     sub = add("quickstart", _quickstart, "from the standard library's text to a trained small Llama, in minutes")
-    sub.add_argument("--dir", type=Path, default=Path("runs/quickstart"), help="where everything goes")
+    sub.add_argument("--dir", type=_path, default=Path("runs/quickstart"), help="where everything goes")
     sub.add_argument("--fresh", action="store_true", help="start the training anew; the earlier run is moved aside")
-    sub.add_argument(
-        "--ranks", type=int, default=None, help="processes; default: GPUs, or 2 on a CPU with 2 cores or more"
-    )
+    sub.add_argument("--ranks", type=int, default=None, help="processes (default: GPUs, or 2 on a CPU with 2 cores)")
     sub.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help="settings of the run, such as n_layers=6")
 
     sub = add("corpus", _corpus, "gather the text that every CPython has into one JSONL file")
-    sub.add_argument("--out", type=Path, required=True, help="folder to write")
+    sub.add_argument("--out", type=_path, required=True, help="folder to write")
 
     sub = add("tokenizer", _tokenizer, "train a byte-level BPE tokenizer on raw text")
-    sub.add_argument("inputs", type=Path, nargs="+", help="files or folders: .txt .jsonl(.gz .zst) .parquet")
-    sub.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    sub.add_argument("inputs", type=_path, nargs="+", help="files or folders: .txt .jsonl(.gz .zst) .parquet")
+    sub.add_argument("--out", type=_path, required=True, help="JSON file to write")
     sub.add_argument("--vocab_size", type=_count, default=8192, help="tokens, special ones included")
     sub.add_argument("--text_field", default="text", help="field or column that holds the text")
     sub.add_argument("--on_error", choices=("stop", "skip"), default="stop", help="what to do with bad input")
     sub.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
     sub = add("encode", _encode, "turn raw text into .npy token shards")
-    sub.add_argument("inputs", type=Path, nargs="+", help="files or folders: .txt .jsonl(.gz .zst) .parquet")
-    sub.add_argument("--tokenizer", type=Path, required=True, help="the tokenizer's JSON file")
-    sub.add_argument("--out", type=Path, required=True, help="folder for the shards")
-    sub.add_argument("--workers", type=int, default=None, help="processes; default: one per core")
+    sub.add_argument("inputs", type=_path, nargs="+", help="files or folders: .txt .jsonl(.gz .zst) .parquet")
+    sub.add_argument("--tokenizer", type=_path, required=True, help="the tokenizer's JSON file")
+    sub.add_argument("--out", type=_path, required=True, help="folder for the shards")
+    sub.add_argument("--workers", type=int, default=None, help="processes (default: one per core)")
     sub.add_argument("--shard_tokens", type=_count, default=100_000_000, help="tokens per shard")
     sub.add_argument("--text_field", default="text", help="field or column that holds the text")
     sub.add_argument("--on_error", choices=("stop", "skip"), default="stop", help="what to do with bad input")
@@ -75,23 +76,25 @@ def _parser() -> Parser:
     arguments.add_config_options(sub)
 
     sub = add("plot-schedule", _plot_schedule, "draw the three learning-rate schedules")
-    sub.add_argument("--out", type=Path, default=Path("schedules.png"), help="PNG file to write")
+    sub.add_argument("--out", type=_path, default=Path("schedules.png"), help="PNG file to write")
     sub.add_argument("--training_steps", type=_count, default=100_000, help="updates")
     sub.add_argument("--warmup_steps", type=_count, default=1_000, help="updates of warmup")
     sub.add_argument("--max_lr", type=float, default=1e-3, help="rate after warmup")
     sub.add_argument("--min_lr", type=float, default=1e-4, help="rate at the end")
 
     sub = add("generate", _generate, "continue a prompt with any checkpoint")
-    sub.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint, or a folder of them (the newest)")
-    sub.add_argument("--prompt", required=True, help="text to continue")
+    sub.add_argument("--checkpoint", type=_path, required=True, help=_CHECKPOINT)
+    sub.add_argument("--prompt", type=_text, required=True, help="text to continue")
     sub.add_argument("--max_new_tokens", type=_count, default=128, help="longest continuation")
     sub.add_argument("--temperature", type=float, default=0.8, help="0 for greedy")
     sub.add_argument("--top_p", type=float, default=0.95, help="nucleus")
-    sub.add_argument("--seed", type=_count, default=None, help="for the same text again")
+    sub.add_argument(
+        "--seed", type=_count, default=None, help="for the same text again (default: another one each time)"
+    )
 
     sub = add("export", _export, "write a checkpoint in the Hugging Face layout")
-    sub.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint, or a folder of them (the newest)")
-    sub.add_argument("--out", type=Path, required=True, help="folder to write")
+    sub.add_argument("--checkpoint", type=_path, required=True, help=_CHECKPOINT)
+    sub.add_argument("--out", type=_path, required=True, help="folder to write")
     sub.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="type of the weights"
     )
@@ -99,11 +102,29 @@ def _parser() -> Parser:
     return parser
 
 
-def _count(text: str) -> int:
-    from dsllama.sizes import parse_count
+class _Versions(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from dsllama.versions import versions
 
+        print("\n".join(f"{name} {number}" for name, number in versions().items()))
+        parser.exit()
+
+
+def _count(text: str) -> int:
+    return _read(parse_count, text)
+
+
+def _path(text: str) -> Path:
+    return Path(_read(parse_path, text))
+
+
+def _text(text: str) -> str:
+    return _read(parse_text, text)
+
+
+def _read(parse: Callable[[str], Any], text: str) -> Any:
     try:
-        return parse_count(text)
+        return parse(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} {error}") from None
 

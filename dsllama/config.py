@@ -17,15 +17,23 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from dsllama import rules
-from dsllama.errors import Problem, UserError, did_you_mean
+from dsllama.errors import Problem, UserError, did_you_mean, remedy_for
+from dsllama.paths import parse_path, parse_text
 from dsllama.sizes import parse_count, parse_number
 
-Count = Annotated[int, BeforeValidator(parse_count)]
+Count = Annotated[int, BeforeValidator(parse_count), Field(lt=2**63)]
 Number = Annotated[float, BeforeValidator(parse_number), Field(allow_inf_nan=False)]
 Positive = Annotated[Count, Field(gt=0)]
 NotNegative = Annotated[Count, Field(ge=0)]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
+PathText = Annotated[str, BeforeValidator(parse_path)]
+Text = Annotated[str, BeforeValidator(parse_text)]
 Device = Literal["none", "cpu", "nvme"]
+
+
+def _parse_load(value: Any) -> Any:
+    word = value.strip().lower() if isinstance(value, str) else value
+    return {"auto": "auto", "true": True, "false": False}.get(word, parse_path(value)) if word != "" else ""
 
 
 class TrainingConfig(BaseModel):
@@ -34,15 +42,15 @@ class TrainingConfig(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     # --- Paths ---
-    dataset_dir: str = "dataset"
+    dataset_dir: PathText = "dataset"
     """Folder of `.npy` token shards, as `dsllama encode` writes them."""
-    tokenizer_path: str = "bpe_8k.json"
+    tokenizer_path: PathText = "bpe_8k.json"
     """The tokenizer's JSON file, as `dsllama tokenizer` writes it."""
-    ckpt_dir: str = "checkpoints"
+    ckpt_dir: PathText = "checkpoints"
     """Folder for checkpoints; what each start was configured with lies in `starts` below it. Shared between hosts."""
-    log_file: str = "training_progress.csv"
+    log_file: PathText = "training_progress.csv"
     """CSV file, one row per logged update; the loss plot (.png) and the samples (.samples.txt) lie beside it."""
-    tensorboard_dir: str | None = None
+    tensorboard_dir: PathText | None = None
     """Folder for TensorBoard events. null: `tensorboard` beside log_file."""
 
     # --- Batch ---
@@ -110,7 +118,7 @@ class TrainingConfig(BaseModel):
     """Tokens at the end of the data set that are held out for validation; 0 for none."""
     model_gen_multiplier: Annotated[Number, Field(gt=1)] = 1.5
     """Samples are generated at update eval_interval, then each time the update has grown by this factor."""
-    sample_prompts: list[str] = ["The"]
+    sample_prompts: list[Text] = ["The"]
     """Prompts for the samples; an empty list for no samples."""
     sample_tokens: Positive = 64
     """New tokens per sample."""
@@ -120,7 +128,7 @@ class TrainingConfig(BaseModel):
     """Nucleus of the samples."""
     token_ckpt: Positive = 1_000_000_000
     """Tokens between two checkpoints."""
-    load_ckpt: bool | str = False
+    load_ckpt: Annotated[bool | str, BeforeValidator(_parse_load)] = False
     """Resume: false starts anew; true takes ckpt_dir's newest whole checkpoint; auto does if any; or a path."""
     use_prev_scheduler: bool = True
     """At resume, go on with the checkpoint's schedule; false takes this configuration's."""
@@ -150,12 +158,12 @@ class TrainingConfig(BaseModel):
     """Where the optimizer states live. null: the overlay's, else on the accelerator ("none")."""
     offload_params: Device | None = None
     """Where the parameters live (ZeRO-3). null: the overlay's, else on the accelerator ("none")."""
-    nvme_path: str | None = None
+    nvme_path: PathText | None = None
     """Folder on a local NVMe disk, for offload to nvme. null: the overlay's."""
-    deepspeed_overlay: str | None = None
+    deepspeed_overlay: PathText | None = None
     """DeepSpeed JSON that is laid over the derived one, such as ds_configs/zero2.json."""
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, **values: Any) -> None:
         problems = [_unknown(name) for name in values if name not in type(self).model_fields]
         known = {name: value for name, value in values.items() if name in type(self).model_fields}
         try:
@@ -204,23 +212,31 @@ def load_config(path: str | Path | None = None, overrides: dict[str, Any] | None
 def read_settings(path: Path) -> dict[str, Any]:
     """The mapping in a YAML or JSON file; UserError with file and line if it is not one."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         values = json.loads(text, object_pairs_hook=_no_repeats) if path.suffix == ".json" else yaml.load(text, _Loader)
     except FileNotFoundError:
         ready = sorted(str(p) for p in Path("configs").glob("*.yaml"))
         remedy = f"ready ones: {', '.join(ready)}" if ready else "give the path of a YAML or JSON file"
         raise UserError(Problem(str(path), "there is no such configuration file", remedy)) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(Problem(str(path), f"cannot be read ({error})", "give a readable UTF-8 file")) from None
+    except OSError as error:
+        raise UserError(Problem(str(path), f"cannot be read ({error.strerror})", remedy_for(error))) from None
+    except UnicodeDecodeError as error:
+        rule = f"is not UTF-8 (byte 0x{error.object[error.start]:02x} at {error.start})"
+        raise UserError(Problem(str(path), rule, "convert it to UTF-8")) from None
     except json.JSONDecodeError as error:
         raise UserError(Problem(f"{path}:{error.lineno}", f"is not JSON ({error.msg})", "mend that line")) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        reason = getattr(error, "problem", None) or "not YAML"
-        raise UserError(Problem(where, f"cannot be read as YAML ({reason})", "mend that line")) from None
-    except ValueError as error:
+        reason = getattr(error, "problem", None) or getattr(error, "reason", None) or "not YAML"
+        remedy = "mend that line" if mark else "mend the file"
+        raise UserError(Problem(where, f"cannot be read as YAML ({reason})", remedy)) from None
+    except RecursionError:
+        raise UserError(Problem(str(path), "is nested too deeply", "it needs `field: value` lines only")) from None
+    except _GivenTwice as error:
         raise UserError(Problem(str(path), str(error), "keep one of them")) from None
+    except ValueError as error:  # of a value with a tag, such as !!timestamp
+        raise UserError(Problem(str(path), f"holds a value that is none ({error})", "put it in quotes")) from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -229,11 +245,20 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without its worst surprise: a key given twice is an error, not the last one."""
+    """YAML without its worst surprises: a key given twice is an error, not the last one; a date is text."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        letter: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+        for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(
+                    problem="a key must be a word; a value in braces needs quotes", problem_mark=key_node.start_mark
+                )
             if key_node.value in seen:
                 raise yaml.MarkedYAMLError(
                     problem=f"{key_node.value!r} is given twice", problem_mark=key_node.start_mark
@@ -242,23 +267,31 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _GivenTwice(ValueError):
+    pass
+
+
 def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in pairs]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        raise ValueError(f"gives {', '.join(map(repr, repeated))} twice")
+        raise _GivenTwice(f"gives {', '.join(map(repr, repeated))} twice")
     return dict(pairs)
 
 
 def _unknown(name: str) -> Problem:
-    return Problem(name, "there is no such field", did_you_mean(name, TrainingConfig.model_fields))
+    return Problem(
+        name,
+        "there is no such field",
+        did_you_mean(name, TrainingConfig.model_fields, "`dsllama config` shows all fields"),
+    )
 
 
 def _wrong_value(name: str, value: Any, message: str) -> Problem:
     """pydantic's message in our form: it names the type or the bound, we add the choices and the meaning."""
     field = TrainingConfig.model_fields[name]
     choices = [choice for part in (field.annotation, *get_args(field.annotation)) for choice in _literals(part)]
-    rule = "must be one of " + ", ".join(map(str, dict.fromkeys(choices))) if choices else _plain(message)
+    rule = "must be one of " + ", ".join(map(str, dict.fromkeys(choices))) if choices else plain(message)
     return Problem(name, rule, f"{name}: {field.description}", value)
 
 
@@ -268,6 +301,7 @@ def _literals(annotation: Any) -> tuple[Any, ...]:
     return get_args(annotation) if get_origin(annotation) is Literal else ()
 
 
-def _plain(message: str) -> str:
-    message = message.removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("a valid ")
+def plain(message: str) -> str:
+    """A message of pydantic's as the rule of a Problem."""
+    message = message.removeprefix("Value error, ").removeprefix("Input should be ")
     return message if message.startswith(("is ", "must ")) else f"must be {message}"

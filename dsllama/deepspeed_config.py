@@ -4,28 +4,22 @@
     what we recommend beside it      an overlay may change it (bucket sizes, monitors, ...)
     the overlay                      ds_configs/*.json, or the user's own; null and "auto" leave a value to us
 
-Every key is known, at every depth; the result has passed DeepSpeed's own configuration class.
+Every key is known, at every depth (overlay.py); the result has passed DeepSpeed's own configuration class.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
 import json
-import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
-from dsllama.config import TrainingConfig, read_settings
+from dsllama.config import TrainingConfig
 from dsllama.derived import Derived
-from dsllama.errors import Problem, UserError, did_you_mean
+from dsllama.errors import Problem, UserError
+from dsllama.overlay import Json, leaves, merge, read_overlay, said, unsound
 from dsllama.scheduler import DEEPSPEED_NAME
-
-Json = dict[str, Any]
 
 # DeepSpeed allocates whole buckets; larger ones than this gain nothing measurable and cost small GPUs dearly.
 _LARGEST_BUCKET = 200_000_000
@@ -45,18 +39,6 @@ class ZeroSettings:
     offload_optimizer: str
     offload_params: str
     nvme_path: str | None
-
-
-def read_overlay(config: TrainingConfig) -> Json:
-    """The overlay's JSON, {} without one. Raises UserError if it cannot be read."""
-    if config.deepspeed_overlay is None:
-        return {}
-    path = Path(config.deepspeed_overlay)
-    if not path.is_file():
-        ready = ", ".join(sorted(str(p) for p in Path("ds_configs").glob("*.json")))
-        remedy = f"ready ones: {ready}" if ready else "give the path of a JSON file"
-        raise UserError(Problem("deepspeed_overlay", "there is no such file", remedy, str(path)))
-    return read_settings(path)
 
 
 def zero_settings(config: TrainingConfig, overlay: Json) -> ZeroSettings:
@@ -109,19 +91,19 @@ def deepspeed_config(config: TrainingConfig, derived: Derived, accelerator: str 
     Raises UserError with every unknown, misplaced or contradicting key of the overlay.
     """
     overlay = read_overlay(config)
-    problems = list(_unknown_keys(overlay, config))
+    problems = list(unsound(overlay, config.deepspeed_overlay or ""))
     zero = zero_settings(config, overlay)
     problems += _impossible(zero)
     problems += list(_alterations(overlay, config))
     binding = _binding(config, derived, zero)
-    asked = _merge(binding, {"zero_optimization": {"stage": zero.asked_stage}})
+    asked = merge(binding, {"zero_optimization": {"stage": zero.asked_stage}})
     problems += list(_contradictions(asked, overlay, config))
-    binding = _merge(binding, _FIXED)
+    binding = merge(binding, _FIXED)
     recommended = _recommended(derived, zero, accelerator)
-    problems += list(_stray_autos(_merge(recommended, binding), overlay, config))
+    problems += list(_stray_autos(merge(recommended, binding), overlay, config))
     if problems:
         raise UserError(problems, "the DeepSpeed configuration is wrong")
-    complete = _merge(_merge(recommended, _said(overlay)), binding)
+    complete = merge(merge(recommended, said(overlay)), binding)
     _pass_deepspeeds_own_check(complete, config, derived.world_size)
     return complete
 
@@ -236,32 +218,9 @@ def _impossible(zero: ZeroSettings) -> list[Problem]:
     return problems
 
 
-def _merge(base: Json, above: Json) -> Json:
-    """`above` laid over `base`, at every depth; neither is changed."""
-    merged = copy.deepcopy(base)
-    for key, value in above.items():
-        both_sections = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both_sections else copy.deepcopy(value)
-    return merged
-
-
-def _said(overlay: Json) -> Json:
-    """The overlay without what it leaves to us."""
-    kept = {key: _said(value) if isinstance(value, dict) else value for key, value in overlay.items()}
-    return {key: value for key, value in kept.items() if value is not None and value != "auto"}
-
-
-def _leaves(tree: Json, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, (*path, str(key)))
-        else:
-            yield (*path, str(key)), value
-
-
 def _alterations(overlay: Json, config: TrainingConfig) -> Iterator[Problem]:
-    fixed = dict(_leaves(_FIXED))
-    for path, value in _leaves(overlay):
+    fixed = dict(leaves(_FIXED))
+    for path, value in leaves(overlay):
         if path in fixed and value not in (None, "auto") and value != fixed[path]:
             yield Problem(
                 f"{config.deepspeed_overlay}: {'.'.join(path)}",
@@ -272,8 +231,8 @@ def _alterations(overlay: Json, config: TrainingConfig) -> Iterator[Problem]:
 
 
 def _contradictions(binding: Json, overlay: Json, config: TrainingConfig) -> Iterator[Problem]:
-    derived = dict(_leaves(binding))
-    for path, value in _leaves(overlay):
+    derived = dict(leaves(binding))
+    for path, value in leaves(overlay):
         if path in derived and value not in (None, "auto") and value != derived[path]:
             yield Problem(
                 f"{config.deepspeed_overlay}: {'.'.join(path)}",
@@ -295,8 +254,8 @@ def _contradictions(binding: Json, overlay: Json, config: TrainingConfig) -> Ite
 
 
 def _stray_autos(complete: Json, overlay: Json, config: TrainingConfig) -> Iterator[Problem]:
-    known = dict(_leaves(complete))
-    for path, value in _leaves(overlay):
+    known = dict(leaves(complete))
+    for path, value in leaves(overlay):
         if value == "auto" and path not in known:
             yield Problem(
                 f"{config.deepspeed_overlay}: {'.'.join(path)}",
@@ -323,82 +282,6 @@ def _origin(path: tuple[str, ...]) -> str:
     if path[-1] == "nvme_path":
         return "nvme_path"
     return zero[path[1]] if path[0] == "zero_optimization" else _ORIGINS[path[0]]
-
-
-def _unknown_keys(overlay: Json, config: TrainingConfig) -> Iterator[Problem]:
-    yield from _unknown_in(overlay, _known_keys(), config.deepspeed_overlay or "", ())
-
-
-def _unknown_in(section: Json, known: Json, file: str, path: tuple[str, ...]) -> Iterator[Problem]:
-    for key, value in section.items():
-        where = f"{file}: {'.'.join((*path, str(key)))}"
-        if key not in known:
-            yield Problem(where, "DeepSpeed has no such key here", did_you_mean(str(key), known))
-        elif isinstance(known[key], dict) and value is not None:
-            if not isinstance(value, dict):
-                yield Problem(where, "must be a section { ... }", value=value)
-            elif known[key]:
-                yield from _unknown_in(value, known[key], file, (*path, str(key)))
-
-
-@functools.cache
-def _known_keys() -> Json:
-    """Every key that DeepSpeed reads, as a tree: {} is a free section, None a plain value.
-
-    Sections come from DeepSpeed's own pydantic classes where it has them; the rest from its reference page.
-    """
-    from deepspeed.comm.config import CommsLoggerConfig
-    from deepspeed.monitor.config import DeepSpeedMonitorConfig
-    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    adamw = _plain(
-        "lr betas eps weight_decay torch_adam fused foreach adam_w_mode bias_correction fp32_optimizer_states"
-    )
-    schedule = _plain("schedule training_steps warmup_steps max_lr min_lr")
-    return {
-        **_plain(
-            "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping "
-            "steps_per_print wall_clock_breakdown memory_breakdown dump_state prescale_gradients "
-            "gradient_predivide_factor communication_data_type seq_parallel_communication_data_type "
-            "disable_allgather zero_allow_untested_optimizer zero_force_ds_cpu_optimizer log_level "
-            "disable_python_gc gradient_allreduce_op graph_harvesting"
-        ),
-        "optimizer": {"type": None, "params": adamw, "legacy_fusion": None},
-        "scheduler": {"type": None, "params": schedule},
-        "fp16": _fields_of(DeepSpeedFP16Config) | _plain("fp16_master_weights_and_grads"),
-        "bf16": _fields_of(DeepSpeedBF16Config) | _plain("bf16_master_weights_and_grads bf16_optimizer_states"),
-        "data_types": _plain("grad_accum_dtype param_dtype buffer_dtype keep_in_fp32_modules"),
-        "zero_optimization": _fields_of(DeepSpeedZeroConfig),
-        "activation_checkpointing": _plain(
-            "partition_activations cpu_checkpointing contiguous_memory_optimization number_checkpoints "
-            "synchronize_checkpoint_boundary profile"
-        ),
-        **{name: _fields_of(field.annotation) for name, field in DeepSpeedMonitorConfig.model_fields.items()},
-        "flops_profiler": _plain(
-            "enabled recompute_fwd_factor profile_step module_depth top_modules detailed output_file"
-        ),
-        "comms_logger": _fields_of(CommsLoggerConfig),
-        "aio": _plain("block_size queue_depth intra_op_parallelism single_submit overlap_events use_gds"),
-        "torch_autocast": _plain("enabled dtype lower_precision_safe_modules"),
-        "compile": {},
-        "checkpoint": {},
-        "timers": {},
-    }
-
-
-def _plain(names: str) -> Json:
-    return dict.fromkeys(names.split())
-
-
-def _fields_of(model: Any) -> Json:
-    keys: Json = {}
-    for name, field in model.model_fields.items():
-        parts = (field.annotation, *typing.get_args(field.annotation))
-        section = next((p for p in parts if isinstance(p, type) and issubclass(p, BaseModel)), None)
-        for key in filter(None, (name, field.alias)):
-            keys[key] = _fields_of(section) if section else None
-    return keys
 
 
 def _pass_deepspeeds_own_check(complete: Json, config: TrainingConfig, world_size: int) -> None:

@@ -8,6 +8,8 @@ A programmer's mistake is an `assert` or an ordinary exception instead, and keep
 from __future__ import annotations
 
 import difflib
+import errno
+import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +41,8 @@ class UserError(Exception):
     """One or more mistakes of the user's, collected before any work starts."""
 
     def __init__(self, problems: Problem | Iterable[Problem], title: str = "dsllama cannot start"):
-        self.problems = [problems] if isinstance(problems, Problem) else list(problems)
+        # Two checks may come upon the same mistake.
+        self.problems = [problems] if isinstance(problems, Problem) else list({str(p): p for p in problems}.values())
         self.title = title
         super().__init__(self.render())
 
@@ -55,18 +58,45 @@ class UserError(Exception):
         return "\n".join(lines)
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A remedy for an unknown name: the nearest known one, or the list of them if none is near."""
+def did_you_mean(name: str, known: Iterable[str], all_of_them: str = "") -> str:
+    """A remedy for an unknown name: the nearest known one; else the list of them, or, where that is long, where the
+    list can be seen (`all_of_them`)."""
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     if near:
         return f"did you mean {near[0]!r}?"
     listing = ", ".join(names)
-    return f"known: {listing}" if len(listing) < 300 else "see --help for the list"
+    if len(listing) < 300:
+        return f"known: {listing}"
+    return all_of_them or f"known: {', '.join(names[:10])} and {len(names) - 10} more"
+
+
+def remedy_for(error: OSError, otherwise: str = "check the path") -> str:
+    """What to do about a file or folder that the operating system refuses."""
+    return _REMEDIES.get(error.errno or 0, otherwise)
+
+
+_REMEDIES = {
+    errno.EACCES: "check its permissions",
+    errno.EPERM: "check its permissions",
+    errno.ENOSPC: "free some space there, or give another place",
+    errno.EDQUOT: "free some of your quota there, or give another place",
+    errno.EROFS: "it is mounted read-only: give another place",
+    errno.EISDIR: "it is a folder: give a file",
+    errno.ENOTDIR: "a part of the path is a file: give another one",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ELOOP: "its links go round in a circle",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+}
+
+
+_BRIEFLY = reprlib.Repr()
+_BRIEFLY.maxlevel, _BRIEFLY.maxstring, _BRIEFLY.maxother = 3, 200, 200
 
 
 def _shorten(value: Any, width: int = 80) -> str:
-    # From the middle: of a path, the file's name at its end says most.
-    text = repr(value)
+    # From the middle: of a path, the file's name at its end says most. Aliases in YAML can make a few lines a value
+    # whose full text would be gigabytes.
+    text = repr(value) if isinstance(value, (str, int, float)) else _BRIEFLY.repr(value)
     half = (width - 3) // 2
     return text if len(text) <= width else f"{text[:half]}...{text[-half:]}"

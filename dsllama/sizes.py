@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
 _SUFFIXES = {"K": 2**10, "M": 2**20, "G": 2**30, "B": 10**9}
@@ -21,15 +22,9 @@ def parse_number(value: Any) -> Any:
     """
     if not isinstance(value, str):
         return value
-    text = value.strip().replace("_", "")
     try:
-        power = re.fullmatch(r"(\d{1,4})\s*\*\*\s*(-?\d{1,3})", text)
-        if power:
-            return float(int(power[1]) ** int(power[2]))
-        if text and text[-1].upper() in _SUFFIXES:
-            return float(text[:-1]) * _SUFFIXES[text[-1].upper()]
-        return float(text)
-    except (ValueError, OverflowError, ZeroDivisionError):
+        return float(_exactly(value))
+    except OverflowError:
         raise ValueError(f"is not a number; {_EXAMPLES}") from None
 
 
@@ -38,14 +33,28 @@ def parse_count(value: Any) -> Any:
 
     Raises ValueError where the number is not whole.
     """
-    if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d+\s*", value.replace("_", "")):
-        return int(value.replace("_", ""))
-    number = parse_number(value)
-    if isinstance(number, float):
-        if not math.isfinite(number) or number != int(number):
-            raise ValueError(f"must be a whole number; {_EXAMPLES}")
-        return int(number)
-    return number
+    if not isinstance(value, (str, float)):
+        return value
+    # By decimals: 8.2e9 is a whole number, and the float 8.2 times 10**9 is none.
+    exact = _exactly(value) if isinstance(value, str) else Decimal(value)
+    if not exact.is_finite() or exact != exact.to_integral_value():
+        raise ValueError(f"must be a whole number; {_EXAMPLES}")
+    if abs(exact) >= 2**64:
+        raise ValueError("must be less than 2**63")
+    return int(exact)
+
+
+def _exactly(text: str) -> Decimal:
+    written = text.strip().replace("_", "")
+    try:
+        power = re.fullmatch(r"(\d{1,4})\s*\*\*\s*(-?\d{1,3})", written)
+        if power:
+            return Decimal(int(power[1])) ** int(power[2])
+        if written and written[-1].upper() in _SUFFIXES:
+            return Decimal(written[:-1]) * _SUFFIXES[written[-1].upper()]
+        return Decimal(written)
+    except (InvalidOperation, OverflowError):
+        raise ValueError(f"is not a number; {_EXAMPLES}") from None
 
 
 def nearest_multiples(value: int, of: int) -> list[int]:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from dsllama.data import unpacking
 from dsllama.data.pieces import PIECE_CHARACTERS, pieces_of_file, pieces_of_text, utf8_error
 from dsllama.data.unpacking import BLOCK_BYTES, DamagedFile, LineTooLong, NoSuchColumn
-from dsllama.errors import Problem, UserError, did_you_mean
+from dsllama.errors import Problem, UserError, did_you_mean, remedy_for
 
 logger = logging.getLogger("dsllama")
 
@@ -253,7 +253,7 @@ def _blocks_of(path: Path, size: int, text_field: str, cut: bool) -> Iterator[Bl
     except NoSuchColumn as error:
         flaw = _no_field(str(path), text_field, dict.fromkeys(error.columns))
     except OSError as error:
-        flaw = Flaw("unreadable file", Problem(str(path), f"cannot be read ({error.strerror or error})", _SKIP))
+        flaw = _unreadable(str(path), error)
     else:
         if anything:
             return
@@ -318,7 +318,7 @@ def _read_text(file: str) -> Document | Flaw:
     try:
         data = Path(file).read_bytes()
     except OSError as error:
-        return Flaw("unreadable file", Problem(file, f"cannot be read ({error.strerror or error})", _SKIP))
+        return _unreadable(file, error)
     try:
         text = data.removeprefix(_BYTE_ORDER_MARK).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -375,6 +375,11 @@ def _no_field(where: str, text_field: str, record: Any) -> Flaw:
 
 def _not_utf8(where: str, byte: int) -> Flaw:
     return Flaw("not UTF-8", Problem(where, f"is not UTF-8 (byte 0x{byte:02x})", f"convert it to UTF-8; {_SKIP}"))
+
+
+def _unreadable(file: str, error: OSError) -> Flaw:
+    remedy = f"{remedy_for(error)}, or leave it out with --on_error skip"
+    return Flaw("unreadable file", Problem(file, f"cannot be read ({error.strerror or error})", remedy))
 
 
 def _empty(where: str) -> Flaw:

@@ -28,7 +28,7 @@ from dsllama.data.shards import Journal, ShardWriter, locked
 from dsllama.data.tokenizer import Tokenizer
 from dsllama.data.unpacking import BLOCK_BYTES
 from dsllama.data.workers import WorkerDied, WorkerPool
-from dsllama.errors import Problem, UserError
+from dsllama.errors import Problem, UserError, remedy_for
 
 _TITLE = "cannot encode"
 _GOES_ON = "run the same command again: it goes on where it stopped"
@@ -196,7 +196,8 @@ def _explained(out_dir: Path) -> Iterator[None]:
         raise UserError(problem, _TITLE) from None
     except OSError as error:
         where = str(error.filename or out_dir)
-        raise UserError(Problem(where, f"cannot be read or written ({error.strerror})", _GOES_ON), _TITLE) from None
+        remedy = f"{remedy_for(error, 'see to it')}; then {_GOES_ON}"
+        raise UserError(Problem(where, f"cannot be read or written ({error.strerror})", remedy), _TITLE) from None
     except KeyboardInterrupt:
         print(f"stopped; {_GOES_ON}", file=sys.stderr)
         raise

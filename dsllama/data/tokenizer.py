@@ -19,7 +19,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from dsllama.data.documents import blocks, input_files, no_documents
-from dsllama.errors import Problem, UserError
+from dsllama.errors import Problem, UserError, remedy_for
 
 SPECIAL_TOKENS = ["<SOS>", "<EOS>", "<PAD>", "<UNK>", "<SOU>", "<EOU>", "<SOA>", "<EOA>", "<SOT>", "<EOT>"]
 _SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256
@@ -28,7 +28,8 @@ _SAMPLE_BYTES = 128 * 2**20
 # A run of so many letters, digits or signs is a blob, and the trainer's time grows with the square of its length:
 # 27 s for one of 200,000 letters, which teach it nothing.
 _BLOB_LETTERS = 2000
-_BLOB = re.compile("|".join(f"{run}{{{_BLOB_LETTERS},}}" for run in (r"[^\W\d_]", r"\d", r"[^\w\s]", "_")))
+# As GPT-2's pattern splits: letters, digits, blanks, and all other signs.
+_BLOB = re.compile("|".join(f"{run}{{{_BLOB_LETTERS},}}" for run in (r"[^\W\d_]", r"\d", r"(?:[^\w\s]|_)", r"\s")))
 _REMEDY = "train one with `dsllama tokenizer TEXT --out FILE`"
 
 
@@ -61,7 +62,8 @@ class Tokenizer:
         except FileNotFoundError:
             raise _refused(path, "there is no such file") from None
         except OSError as error:
-            raise _refused(path, f"cannot be read ({error.strerror})") from None
+            problem = Problem("tokenizer_path", f"cannot be read ({error.strerror})", remedy_for(error), str(path))
+            raise UserError(problem) from None
         except KeyError as error:
             raise _refused(path, f"lacks the special token {error.args[0]}") from None
         except Exception as error:  # the library raises a bare Exception for whatever it cannot parse
@@ -170,7 +172,8 @@ def _save(content: str, out: Path) -> None:
             os.fsync(file.fileno())
         temporary.replace(out)
     except OSError as error:
-        problem = Problem("--out", f"cannot be written ({error.strerror})", "name another place", str(out))
+        remedy = remedy_for(error, "name another place")
+        problem = Problem("--out", f"cannot be written ({error.strerror})", remedy, str(out))
         raise UserError(problem, "cannot train a tokenizer") from None
 
 

@@ -96,6 +96,11 @@ def parquet_rows(path: Path, column: str) -> Iterator[tuple[list[Any], int]]:
 
 
 def _values(column: Any) -> list[Any]:
+    import pyarrow
+
+    if pyarrow.types.is_binary(column.type) or pyarrow.types.is_large_binary(column.type):
+        # Text that its writer did not mark as such: Spark and Impala do so.
+        return [None if value is None else _text_or_bytes(value) for value in column.to_pylist()]
     try:
         return column.to_pylist()
     except UnicodeDecodeError:

@@ -35,7 +35,7 @@ from dsllama.training.engine import World
 logger = logging.getLogger("dsllama")
 
 MANIFEST = "manifest.json"
-FORMAT = "dsllama-checkpoint-1"
+FORMAT = "dsllama-checkpoint-2"
 _NAME = re.compile(r"update_(\d{7,})")
 # What must be the same for the weights to fit, and for "update u" to mean the same samples.
 _SHAPE = ("n_embd", "n_heads", "n_kv_heads", "n_layers", "multiple_of", "eps", "theta", "tie_embeddings")
@@ -214,6 +214,7 @@ def save(
     dist.all_gather_object(parts, mine)
     files = {name: entry for part in parts for name, entry in part.items()}
     content = {"format": FORMAT, "update": update, **manifest, "files": dict(sorted(files.items()))}
+    content["digest"] = _digest(content)
     with _all_or_none(world):
         if world.is_main:
             _write_durably(aside / MANIFEST, json.dumps(content, indent=1))
@@ -261,12 +262,14 @@ def _read(path: Path, checksums: bool = True) -> tuple[dict[str, Any], str]:
         return {}, "there is no such folder"
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        files = manifest["files"]
         if manifest["format"] != FORMAT:
             return {}, f"its format is {manifest['format']!r}, not {FORMAT!r}"
+        if manifest["digest"] != _digest(manifest):
+            return {}, f"its {MANIFEST} was changed after it was saved"
+        files = manifest["files"]
     except FileNotFoundError:
         return {}, f"it has no {MANIFEST}"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return {}, f"its {MANIFEST} cannot be read ({type(error).__name__}: {error})"
     for name, entry in files.items():
         try:
@@ -278,6 +281,12 @@ def _read(path: Path, checksums: bool = True) -> tuple[dict[str, Any], str]:
         if checksums and _sha256(path / name) != entry["sha256"]:
             return {}, f"{name} does not have the checksum that it was saved with"
     return manifest, ""
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    """By which a manifest is known to be as it was saved: what it says decides which data a run goes on with."""
+    rest = {name: value for name, value in manifest.items() if name != "digest"}
+    return "sha256:" + hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _describe(file: Path) -> dict[str, Any]:

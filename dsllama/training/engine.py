@@ -55,7 +55,7 @@ def world_from_environment() -> tuple[int, int]:
 
 
 def start(rank: int, world_size: int) -> World:
-    """Join the process group and settle this process's device and threads."""
+    """Join the process group and settle this process's device and threads. Raises UserError where the port is taken."""
     _quieten()
     import deepspeed
 
@@ -74,7 +74,16 @@ def start(rank: int, world_size: int) -> World:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     _set_default_timeout()
     # Without it, DeepSpeed's own default of 10 minutes, bound when it was imported: a slow save by rank 0 ends the job.
-    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", timeout=_COLLECTIVE_TIMEOUT, verbose=False)
+    try:
+        deepspeed.init_distributed(
+            dist_backend="nccl" if on_gpu else "gloo", timeout=_COLLECTIVE_TIMEOUT, verbose=False
+        )
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        rule = f"{os.environ.get('MASTER_PORT')} is taken, by another run perhaps"
+        remedy = f"give the launcher another one, such as --master_port {free_port()}"
+        raise UserError(Problem("the port", rule, remedy)) from None
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     return World(rank=rank, local_rank=local_rank, size=world_size, device=device)
 

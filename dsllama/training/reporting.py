@@ -153,12 +153,26 @@ def samples_file(log_file: Path) -> Path:
 
 
 def read_log(log_file: Path) -> list[dict[str, str]]:
-    """The rows of a log, as text by column; [] without a log."""
+    """The rows of a log, as text by column; [] without a log. Rows that are none of ours are left out."""
+    return [row for row in _rows(log_file) if _is_sound(row)]
+
+
+def _rows(log_file: Path) -> list[dict[str, str]]:
     if not log_file.exists():
         return []
-    with log_file.open(newline="", encoding="utf-8") as file:
-        # A row that a crash cut short lacks cells, or runs into the next one.
-        return [row for row in csv.DictReader(file) if None not in row and None not in row.values()]
+    with log_file.open(newline="", encoding="utf-8", errors="replace") as file:
+        # A NUL, which a crash of the machine may leave, is an error to the reader.
+        return list(csv.DictReader(line.replace("\0", "") for line in file))
+
+
+def _is_sound(row: dict[str, str]) -> bool:
+    """Whether a row is whole: one that a crash cut short lacks cells or runs into the next, one may be edited."""
+    try:
+        int(row["step"]), int(row["tokens_total"]), float(row["loss"]), float(row["learning_rate"])
+        float(row["tokens_per_second"]), float(row["validation_loss"] or 0)
+    except (KeyError, TypeError, ValueError):
+        return False
+    return None not in row and None not in row.values()
 
 
 def plot_log(log_file: Path) -> Path:
@@ -199,14 +213,15 @@ def is_log(path: Path) -> bool:
 
 def _split_log(log_file: Path, resumed_from: int) -> bool:
     """Keep the rows up to `resumed_from` and move the others aside; whether a usable log was there."""
-    rows = read_log(log_file)
-    superseded = [row for row in rows if int(row["step"]) > resumed_from]
-    if superseded:
-        _append(log_file.with_name(log_file.name + ".superseded"), superseded)
+    rows = _rows(log_file)
+    kept = [row for row in rows if _is_sound(row) and int(row["step"]) <= resumed_from]
+    others = [row for row in rows if row not in kept and None not in row.values()]
+    if others:
+        _append(log_file.with_name(log_file.name + ".superseded"), others)
     if rows:  # written anew in any case: what is appended must not continue a line that a crash cut short
         temporary = log_file.with_name(log_file.name + ".tmp")
         temporary.unlink(missing_ok=True)
-        _append(temporary, [row for row in rows if int(row["step"]) <= resumed_from])
+        _append(temporary, kept)
         temporary.replace(log_file)
     return bool(rows)
 

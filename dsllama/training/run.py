@@ -18,12 +18,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dsllama import arguments
+from dsllama import arguments, console
 from dsllama.config import TrainingConfig
 from dsllama.data.loader import DatasetLoader
 from dsllama.data.manifest import Manifest
 from dsllama.data.tokenizer import Tokenizer
-from dsllama.errors import EXIT_USER_ERROR, Problem, UserError
+from dsllama.errors import EXIT_USER_ERROR, Problem, UserError, remedy_for
 from dsllama.sizes import readable, readable_duration
 from dsllama.training.reporting import claim, is_log
 from dsllama.training.stopping import EXIT_STOPPED
@@ -41,6 +41,7 @@ def main(argv: Sequence[str]) -> int:
     """Train as the command line says; returns the exit code (0, 1 failed, 2 a mistake, 75 stopped and saved)."""
     from dsllama.training import engine
 
+    console.settle()
     rank, world_size = engine.world_from_environment()
     # Other packages' own words only from warnings upward: distutils, for one, prints its compiler commands.
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
@@ -75,7 +76,10 @@ def _train(job: Job, rank: int, world_size: int) -> int:
     # From here on a signal is a wish: one that comes while the engine is built is granted after the first update.
     stop = StopRequest()
     stop.listen()
-    world = engine.start(rank, world_size)
+    try:
+        world = engine.start(rank, world_size)
+    except UserError as error:
+        return _complain(str(error), rank, EXIT_USER_ERROR)
     if world.is_main:
         _announce(job)
         note_start(Path(job.config.ckpt_dir), run_files(job))
@@ -139,7 +143,9 @@ def prepare(config: TrainingConfig, rank: int, world_size: int) -> Job:
         if not is_log(Path(config.log_file)) or Path(config.log_file).suffix == ".png":
             rule = "must be a new file, or a log of ours, and not end in .png (the plot does)"
             problems.append(Problem("log_file", rule, "give another name", config.log_file))
-        problems += _unwritable(ckpt_dir=Path(config.ckpt_dir), log_file=Path(config.log_file).parent)
+        folders = {"ckpt_dir": Path(config.ckpt_dir), "log_file": Path(config.log_file).parent}
+        folders |= {"tensorboard_dir": Path(config.tensorboard_dir)} if config.tensorboard_dir else {}
+        problems += _unwritable(folders)
     with _collecting(problems):
         resume_from = checkpoints.choose(config, warn=logging.getLogger("dsllama").warning)
     with _collecting(problems):
@@ -177,15 +183,22 @@ def _open_data(
     return train, opened(split="validation") if config.validation_tokens else None
 
 
-def _unwritable(**folders: Path) -> list[Problem]:
+def _unwritable(folders: dict[str, Path]) -> list[Problem]:
     """The folders, made where they are missing, that nothing can be written to: better known now than at the end."""
-    for folder in folders.values():
-        folder.mkdir(parents=True, exist_ok=True)
-    return [
-        Problem(name, "is in a folder that cannot be written to", "give another place", str(folder))
-        for name, folder in folders.items()
-        if not os.access(folder, os.W_OK)
-    ]
+    problems = []
+    for name, folder in folders.items():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            problems.append(Problem(name, "needs a folder where a file is", "give another place", str(folder)))
+        except OSError as error:
+            rule = f"is in a folder that cannot be made ({error.strerror})"
+            problems.append(Problem(name, rule, remedy_for(error, "give another place"), str(folder)))
+        else:
+            if not os.access(folder, os.W_OK):
+                rule = "is in a folder that cannot be written to"
+                problems.append(Problem(name, rule, "give another place, or change its permissions", str(folder)))
+    return problems
 
 
 def _encoded_otherwise(config: TrainingConfig, fingerprint: str) -> list[Problem]:
@@ -224,7 +237,8 @@ def _collecting(problems: list[Problem]) -> Iterator[None]:
     except UserError as error:
         problems += error.problems
     except OSError as error:
-        problems.append(Problem(str(error.filename), f"cannot be used ({error.strerror})", "give a writable place"))
+        rule = f"cannot be used ({error.strerror})"
+        problems.append(Problem(str(error.filename), rule, remedy_for(error, "give another place")))
 
 
 def _parse(argv: Sequence[str]) -> TrainingConfig:

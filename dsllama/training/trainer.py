@@ -267,10 +267,11 @@ class Trainer:
                     max_new_tokens=self.config.sample_tokens,
                     temperature=self.config.sample_temperature,
                     top_p=self.config.sample_top_p,
-                    seed=self.config.seed + self.update,
+                    # Of its own for each prompt: two that end alike would go on alike.
+                    seed=self.config.seed + self.update + number * 2**32,
                     agree=self._first_ranks_choice if partitioned else None,
                 )
-                for prompt in self.config.sample_prompts
+                for number, prompt in enumerate(self.config.sample_prompts)
             ]
         if self.report is not None:
             self.report.sample(self.update, self.tokens, texts)

@@ -1,0 +1,69 @@
+"""Standard output and error that nothing can kill a run through: closed, a pipe that nobody reads, not UTF-8.
+
+A word that cannot be said is lost, and the work goes on; the log and the checkpoints have all that matters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+from typing import Any
+
+
+class _Sturdy(io.TextIOBase):
+    """A text stream whose writing and flushing fail silently."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):  # a full disk, a closed pipe or file
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def isatty(self) -> bool:
+        return not self._stream.closed and self._stream.isatty()
+
+    def writable(self) -> bool:
+        return True
+
+    @property
+    def buffer(self) -> Any:
+        return self._stream.buffer
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._stream.encoding
+
+    @property
+    def errors(self) -> str | None:  # type: ignore[override]
+        return self._stream.errors
+
+
+def settle() -> None:
+    """Make standard output and error of this process such streams; a second call changes nothing."""
+    for number in (0, 1, 2):
+        # Where one of them is closed, the next file that is opened gets its number, and with it what libraries print.
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if stream is None:  # it was closed when Python started
+            stream = open(number, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+        if isinstance(stream, _Sturdy):
+            continue
+        with contextlib.suppress(AttributeError, ValueError):  # a test's replacement
+            # A letter that the terminal's encoding lacks is written as an escape.
+            stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, _Sturdy(stream))

@@ -1,0 +1,45 @@
+"""Paths as people write them: `~/data`, `$SCRATCH/run`."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+
+def parse_path(value: Any) -> Any:
+    """Text with `~` and environment variables replaced, as a shell does it; other types pass through unchanged.
+
+    What exists under its literal name is meant literally. Raises ValueError for what no path can be.
+    """
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        raise ValueError("must not be empty")
+    if "\0" in value:
+        raise ValueError("must not hold a NUL character")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("must be UTF-8") from None
+    if os.path.lexists(value):
+        return value
+    expanded = os.path.expandvars(os.path.expanduser(value))
+    unset = re.search(r"\$(\w+|\{\w+\})", expanded)
+    if unset:
+        raise ValueError(f"must not name {unset[0]}, which the environment does not have")
+    if re.match(r"~\w*(/|$)", expanded):
+        raise ValueError(f"must not begin with {expanded.split('/')[0]}, a home that is not known")
+    return expanded
+
+
+def parse_text(value: Any) -> Any:
+    """Text that UTF-8 can hold; other types pass through unchanged. Raises ValueError for other text."""
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError(
+                "must be UTF-8: it holds bytes or halves of surrogate pairs that are no character"
+            ) from None
+    return value
