@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from typing import Any, NoReturn, get_args, get_origin
 
-from dsllama.config import TrainingConfig, load_config
+from dsllama.config import TrainingConfig, choices_of, load_config
 from dsllama.errors import Problem, UserError, did_you_mean
 
 _BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -77,7 +77,7 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", default=None, help="YAML or JSON file with the fields below")
     group = parser.add_argument_group("configuration (each overrides the file)")
     for name, field in TrainingConfig.model_fields.items():
-        choices = _choices(field.annotation)
+        choices = choices_of(field.annotation)
         metavar = "{" + ",".join(map(str, choices)) + "}" if choices else _kind(field.annotation)
         default = ["'" + str(p) + "'" for p in field.default] if isinstance(field.default, list) else field.default
         text = f"{field.description} (default: {'null' if default is None else default})"
@@ -101,7 +101,7 @@ def config_from(arguments: argparse.Namespace) -> TrainingConfig:
 
 def _from_text(text: str, annotation: Any) -> Any:
     """What a word on the command line means for a field; numbers stay text, the field's own check reads them."""
-    choices = _choices(annotation)
+    choices = choices_of(annotation)
     lowered = text.strip().lower()
     if lowered in ("null", "none") and type(None) in get_args(annotation) and "none" not in choices:
         return None
@@ -113,12 +113,9 @@ def _from_text(text: str, annotation: Any) -> Any:
     return text
 
 
-def _choices(annotation: Any) -> tuple[Any, ...]:
-    parts = (annotation, *get_args(annotation)) if get_origin(annotation) is not Literal else (annotation,)
-    return tuple(choice for part in parts if get_origin(part) is Literal for choice in get_args(part))
-
-
 def _kind(annotation: Any) -> str:
+    if {bool, str} <= {annotation, *get_args(annotation)}:
+        return "BOOL|PATH"
     kinds = [bool, int, float, list, str]
     names = {bool: "BOOL", int: "N", float: "X", list: "TEXT", str: "PATH"}
     parts = (annotation, get_origin(annotation), *get_args(annotation))

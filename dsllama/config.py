@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -21,19 +21,33 @@ from dsllama.errors import Problem, UserError, did_you_mean, remedy_for
 from dsllama.paths import parse_path, parse_text
 from dsllama.sizes import parse_count, parse_number
 
-Count = Annotated[int, BeforeValidator(parse_count), Field(lt=2**63)]
+Count = Annotated[int, BeforeValidator(parse_count)]
 Number = Annotated[float, BeforeValidator(parse_number), Field(allow_inf_nan=False)]
 Positive = Annotated[Count, Field(gt=0)]
 NotNegative = Annotated[Count, Field(ge=0)]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
 PathText = Annotated[str, BeforeValidator(parse_path)]
 Text = Annotated[str, BeforeValidator(parse_text)]
-Device = Literal["none", "cpu", "nvme"]
+
+
+def _in_small_letters(value: Any) -> Any:
+    return value.strip().lower() if isinstance(value, str) else value
+
+
+def _parse_stage(value: Any) -> Any:
+    if isinstance(value, bool):  # to Python, true is among 0, 1, 2, 3
+        raise ValueError("must be a number")
+    return parse_count(value)
+
+
+_Word = BeforeValidator(_in_small_letters)
+Device = Annotated[Literal["none", "cpu", "nvme"], _Word]
 
 
 def _parse_load(value: Any) -> Any:
-    word = value.strip().lower() if isinstance(value, str) else value
-    return {"auto": "auto", "true": True, "false": False}.get(word, parse_path(value)) if word != "" else ""
+    if not isinstance(value, str) or not value.strip():
+        return value
+    return {"auto": "auto", "true": True, "false": False}.get(value.strip().lower(), parse_path(value))
 
 
 class TrainingConfig(BaseModel):
@@ -90,7 +104,7 @@ class TrainingConfig(BaseModel):
     """Learning rate after warmup."""
     min_lr: Annotated[Number, Field(ge=0)] = 3e-5
     """Learning rate at the end (not for `constant`)."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Annotated[Literal["cosine", "linear", "constant"], _Word] = "cosine"
     """How the learning rate falls from max_lr to min_lr."""
     beta1: Fraction = 0.9
     """AdamW: decay of the first moment."""
@@ -150,9 +164,9 @@ class TrainingConfig(BaseModel):
     """Peak TFLOP/s of one accelerator, for MFU. null: from the table of known ones."""
 
     # --- DeepSpeed ---
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    precision: Annotated[Literal["bf16", "fp16", "fp32"], _Word] = "bf16"
     """Type of weights and activations in forward and backward; the optimizer's copy is fp32."""
-    zero_stage: Literal[0, 1, 2, 3] | None = None
+    zero_stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(_parse_stage)] | None = None
     """What ZeRO partitions: 1 optimizer states, 2 also gradients, 3 also parameters. null: the overlay's, else 1."""
     offload_optimizer: Device | None = None
     """Where the optimizer states live. null: the overlay's, else on the accelerator ("none")."""
@@ -290,15 +304,17 @@ def _unknown(name: str) -> Problem:
 def _wrong_value(name: str, value: Any, message: str) -> Problem:
     """pydantic's message in our form: it names the type or the bound, we add the choices and the meaning."""
     field = TrainingConfig.model_fields[name]
-    choices = [choice for part in (field.annotation, *get_args(field.annotation)) for choice in _literals(part)]
-    rule = "must be one of " + ", ".join(map(str, dict.fromkeys(choices))) if choices else plain(message)
+    choices = list(dict.fromkeys(choices_of(field.annotation)))
+    rule = "must be one of " + ", ".join(map(str, choices)) if choices else plain(message)
+    rule += ", and not null" if value is None else ""
     return Problem(name, rule, f"{name}: {field.description}", value)
 
 
-def _literals(annotation: Any) -> tuple[Any, ...]:
-    from typing import get_origin
-
-    return get_args(annotation) if get_origin(annotation) is Literal else ()
+def choices_of(annotation: Any) -> list[Any]:
+    """The values of the Literals in an annotation, at any depth."""
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    return [choice for part in get_args(annotation) for choice in choices_of(part)]
 
 
 def plain(message: str) -> str:

@@ -204,15 +204,19 @@ def _recommended(derived: Derived, zero: ZeroSettings, accelerator: str) -> Json
 def _impossible(zero: ZeroSettings) -> list[Problem]:
     """Combinations that only show once configuration and overlay are put together."""
     problems = []
-    asked = zero.asked_stage
+    asked, device = zero.asked_stage, zero.offload_optimizer
     if type(asked) is not int or asked not in (0, 1, 2, 3):
-        problems.append(Problem("zero_optimization.stage", "must be 0, 1, 2 or 3", value=asked))
+        problems.append(Problem("zero_optimization.stage", "must be 0, 1, 2 or 3", "1 suits most runs", asked))
     elif zero.offload_params != "none" and asked != 3:
-        problems.append(Problem("offload_params", f"needs zero_stage 3, not {asked}", value=zero.offload_params))
+        problems.append(
+            Problem("offload_params", f"needs zero_stage 3, not {asked}", "use --zero_stage 3", zero.offload_params)
+        )
     elif zero.offload_optimizer != "none" and asked == 0:
-        problems.append(Problem("offload_optimizer", "needs zero_stage 1 or more", value=zero.offload_optimizer))
+        problems.append(Problem("offload_optimizer", "needs zero_stage 1 or more", "use --zero_stage 1", device))
     elif zero.offload_optimizer == "nvme" and asked != 3:
-        problems.append(Problem("offload_optimizer", f"to nvme needs zero_stage 3, not {asked}"))
+        problems.append(
+            Problem("offload_optimizer", f"to nvme needs zero_stage 3, not {asked}", "use --zero_stage 3", device)
+        )
     if "nvme" in (zero.offload_optimizer, zero.offload_params) and not zero.nvme_path:
         problems.append(Problem("nvme_path", "must name a folder on the NVMe disk", "use --nvme_path /local/nvme"))
     return problems

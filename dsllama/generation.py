@@ -7,6 +7,7 @@ generation goes on from there.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -132,8 +133,8 @@ def token_probabilities(logits: Tensor, temperature: float, top_p: float) -> Ten
 def sampling_problems(max_new_tokens: int, temperature: float, top_p: float) -> list[Problem]:
     """What is wrong with these values, for a message that tells it all at once."""
     rules = [
-        ("max_new_tokens", max_new_tokens >= 0, "must not be negative", max_new_tokens),
-        ("temperature", temperature >= 0, "must be 0 (greedy) or more", temperature),
-        ("top_p", 0 < top_p <= 1, "must be above 0 and at most 1", top_p),
+        ("max_new_tokens", max_new_tokens >= 0, "must not be negative", "128 is a paragraph", max_new_tokens),
+        ("temperature", 0 <= temperature < math.inf, "must be 0 (greedy) or more", "0.8 is usual", temperature),
+        ("top_p", 0 < top_p <= 1, "must be above 0 and at most 1", "0.95 is usual, 1 takes all", top_p),
     ]
-    return [Problem(name, rule, value=value) for name, fits, rule, value in rules if not fits]
+    return [Problem(name, rule, remedy, value) for name, fits, rule, remedy, value in rules if not fits]

@@ -35,11 +35,10 @@ def parse_path(value: Any) -> Any:
 
 def parse_text(value: Any) -> Any:
     """Text that UTF-8 can hold; other types pass through unchanged. Raises ValueError for other text."""
-    if isinstance(value, str):
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
-            raise ValueError(
-                "must be UTF-8: it holds bytes or halves of surrogate pairs that are no character"
-            ) from None
-    return value
+    if not isinstance(value, str) or value.isascii():
+        return value
+    try:
+        # In an ASCII locale Python keeps the bytes of a command line's letters one by one.
+        return value.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        raise ValueError("must be UTF-8: it holds bytes or halves of surrogate pairs that are no character") from None

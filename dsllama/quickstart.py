@@ -43,10 +43,10 @@ def quickstart(folder: Path, fresh: bool = False, ranks: int | None = None, over
     """
     begun = time.monotonic()
     check_torch()
+    config = _configuration(folder, overrides or [])
     _say(f"everything goes to {folder}/")
     corpus = gather_stdlib_corpus(folder / "corpus")
     _say(f"corpus       {corpus}")
-    config = _configuration(folder, overrides or [])
     _make_data(folder, config)
     if fresh:
         _set_aside(folder)

@@ -26,7 +26,7 @@ def check(config: TrainingConfig, skip: set[str]) -> list[Problem]:
 def check_world_size(config: TrainingConfig, world_size: int) -> list[Problem]:
     """Whether tokens_per_update is a whole number of micro-steps on `world_size` ranks."""
     if world_size < 1:
-        return [Problem("world_size", "must be at least 1", value=world_size)]
+        return [Problem("world_size", "must be at least 1", "give the ranks over all hosts", world_size)]
     micro_step = config.batch_size * config.max_seq_len * world_size
     if config.tokens_per_update % micro_step == 0:
         return []

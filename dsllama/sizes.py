@@ -31,15 +31,15 @@ def parse_number(value: Any) -> Any:
 def parse_count(value: Any) -> Any:
     """An int from a whole number or from text (see module); other types pass through unchanged.
 
-    Raises ValueError where the number is not whole.
+    Raises ValueError where the number is not whole, or needs more than 64 bits.
     """
-    if not isinstance(value, (str, float)):
+    if isinstance(value, bool) or not isinstance(value, (str, float, int)):
         return value
     # By decimals: 8.2e9 is a whole number, and the float 8.2 times 10**9 is none.
     exact = _exactly(value) if isinstance(value, str) else Decimal(value)
     if not exact.is_finite() or exact != exact.to_integral_value():
         raise ValueError(f"must be a whole number; {_EXAMPLES}")
-    if abs(exact) >= 2**64:
+    if exact >= 2**63:
         raise ValueError("must be less than 2**63")
     return int(exact)
 

@@ -45,7 +45,7 @@ ON_ONE_RANK: dict[str, dict[str, Any]] = {
     "reporting": {
         "validation_tokens": 1000,
         "eval_interval": 5,
-        "sample_prompts": ["the dog"],
+        "sample_prompts": ["the dog", "the dog"],
         "sample_tokens": 4,
         "seed": 3,
     },

@@ -1,4 +1,4 @@
-"""Sixty and more ways to get it wrong: each ends with exit code 2 and one screen that names what, why and what to do.
+"""Some two hundred ways to get it wrong: each ends with exit code 2 and one screen that names what, why and what to do.
 
 They go through the same `main` as `deepspeed launch/train.py` and `dsllama`; a few go through the real launcher.
 """
@@ -6,7 +6,9 @@ They go through the same `main` as `deepspeed launch/train.py` and `dsllama`; a 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -92,15 +94,35 @@ def notes_as_log(folder: Path, settings: dict[str, Any]) -> None:
     settings["log_file"] = folder / "notes.txt"
 
 
-def file_in_the_way(folder: Path, settings: dict[str, Any]) -> None:
-    (folder / "file").write_text("", encoding="utf-8")
-    settings["ckpt_dir"] = folder / "file" / "checkpoints"
+def file_in_the_way(**places: str) -> Prepare:
+    """Settings that need folders where there is a file."""
+
+    def prepare(folder: Path, settings: dict[str, Any]) -> None:
+        (folder / "file").write_text("", encoding="utf-8")
+        settings |= {name: folder / place for name, place in places.items()}
+
+    return prepare
+
+
+def manifest(text: str) -> Prepare:
+    """Resume from a folder with nothing but this manifest."""
+
+    def prepare(folder: Path, settings: dict[str, Any]) -> None:
+        settings["load_ckpt"] = folder / "update_0000001"
+        settings["load_ckpt"].mkdir()
+        (settings["load_ckpt"] / "manifest.json").write_text(text, encoding="utf-8")
+
+    return prepare
 
 
 def some(**settings: Any) -> Prepare:
     """Only other settings."""
     return lambda folder, target: target.update(settings)
 
+
+# Aliases of aliases: nine lines that are 9**9 letters when they are written out.
+LAUGHS = "\n".join(["a: &a [x]", *(f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]" for a, b in pairwise("abcdefghij"))])
+LAUGHS += "\nn_layers: *j\n"
 
 # what is wrong -> (how to get there, words that the message must hold)
 TRAINING: dict[str, tuple[Prepare, list[str]]] = {
@@ -130,6 +152,18 @@ TRAINING: dict[str, tuple[Prepare, list[str]]] = {
     "no checkpoint ever": (some(token_ckpt=0), ["--token_ckpt", "greater than 0"]),
     "unknown suffix of a size": (some(training_tokens="45X"), ["--training_tokens", "45e9"]),
     "seed below zero": (some(seed=-1), ["--seed", "greater than or equal to 0"]),
+    "seed that torch cannot take": (some(seed=2**63), ["--seed", "less than 2**63"]),
+    "seed of 26 digits": (some(seed="9" * 26), ["--seed", "less than 2**63"]),
+    "seed of 5,000 digits": (some(seed="9" * 5000), ["--seed", "less than 2**63"]),
+    "tokens beyond counting": (some(training_tokens="1e400"), ["--training_tokens", "less than 2**63"]),
+    "comma for a point": (some(max_lr="0,01"), ["--max_lr = '0,01'", "is not a number"]),
+    "NUL in a path": (some(ckpt_dir="a\0b"), ["--ckpt_dir", "must not hold a NUL"]),
+    "path of nothing": (some(log_file=" "), ["--log_file", "must not be empty"]),
+    "path that is not UTF-8": (some(ckpt_dir="/tmp/a\udcff"), ["--ckpt_dir", "must be UTF-8"]),
+    "variable that is not set": (some(ckpt_dir="$DSLLAMA_NOWHERE/x"), ["$DSLLAMA_NOWHERE", "does not have"]),
+    "braces round a variable that is not set": (some(nvme_path="/x/${DSLLAMA_NOWHERE}"), ["${DSLLAMA_NOWHERE}"]),
+    "home of nobody": (some(dataset_dir="~nobody_here/x"), ["--dataset_dir", "~nobody_here, a home that is not known"]),
+    "prompt that is not UTF-8": (some(sample_prompts=["The", "\udcff"]), ["--sample_prompts", "must be UTF-8"]),
     # --- between fields
     "update does not divide": (some(tokens_per_update=1000), ["multiple of", "1024 or 960"]),
     "update smaller than a micro-step": (some(tokens_per_update=32), ["multiple of", "use tokens_per_update 64"]),
@@ -151,12 +185,100 @@ TRAINING: dict[str, tuple[Prepare, list[str]]] = {
     "key twice": (config_file("seed: 1\nseed: 2\n"), ["c.yaml:2", "'seed' is given twice"]),
     "JSON key twice": (config_file('{"seed": 1, "seed": 2}', "c.json"), ["'seed' twice"]),
     "a list": (config_file("- seed\n"), ["field: value"]),
-    "not UTF-8": (lambda f, s: ((f / "c.yaml").write_bytes(b"\xff\xfe"), s.update(config=f / "c.yaml")), ["c.yaml"]),  # type: ignore[dict-item, func-returns-value]
+    "template that was not filled in": (
+        config_file("max_lr: {{ lr }}"),
+        ["c.yaml:1", "a key must be a word", "quotes"],
+    ),
+    "list as key": (config_file("seed: 1\n[1, 2]: 3"), ["c.yaml:2", "a key must be a word"]),
+    "mapping as key": (config_file("? {a: 1}\n: 1"), ["c.yaml:1", "a key must be a word"]),
+    "a field named self": (config_file("self: 1"), ["c.yaml: self", "there is no such field"]),
+    "key that is no text": (config_file("null: 1"), ["c.yaml: None", "there is no such field"]),
+    "nested 5,000 deep": (
+        config_file("a: " + "[" * 5000),
+        ["c.yaml", "nested too deeply", "`field: value` lines only"],
+    ),
+    "JSON nested 5,000 deep": (config_file('{"a":' * 100_000, "c.json"), ["c.json", "nested too deeply"]),
+    "date that there is not": (config_file("eps: 2024-13-45"), ["c.yaml: eps = '2024-13-45'", "is not a number"]),
+    "tagged date that there is not": (config_file("eps: !!timestamp 2024-13-45"), ["month must be in", "in quotes"]),
+    "tag of Python's": (config_file("eps: !!python/object:os.system x"), ["c.yaml:1", "could not determine"]),
+    "alias of nothing": (config_file("eps: *x"), ["c.yaml:1", "undefined alias"]),
+    "two documents": (config_file("eps: 1\n---\neps: 2"), ["c.yaml:2", "another document"]),
+    "tab": (config_file("a:\n\t- b"), ["c.yaml:2", "cannot start any token", "mend that line"]),
+    "control sign": (config_file("eps: \x01"), ["c.yaml", "special characters are not allowed"]),
+    "aliases that would fill the memory": (config_file(LAUGHS), ["c.yaml: n_layers", "must be a valid integer"]),
+    "seed of 26 digits in a file": (config_file("seed: " + "9" * 26), ["c.yaml: seed", "less than 2**63"]),
+    "true for a number": (config_file("batch_size: true"), ["c.yaml: batch_size = True", "must be a valid integer"]),
+    "true for a rate": (config_file("eps: true"), ["c.yaml: eps = True", "must be a valid number"]),
+    "true for a stage": (config_file("zero_stage: true"), ["c.yaml: zero_stage = True", "one of 0, 1, 2, 3"]),
+    "null for a number": (config_file("batch_size: null"), ["c.yaml: batch_size", "integer, and not null"]),
+    "mapping for a number": (config_file("batch_size: {a: 1}"), ["batch_size = {'a': 1}", "must be a valid integer"]),
+    "text for a list": (config_file("sample_prompts: The"), ["sample_prompts = 'The'", "must be a valid list"]),
+    "numbers for prompts": (config_file("sample_prompts: [1]"), ["sample_prompts = [1]", "must be a valid string"]),
+    "infinite eps": (config_file("eps: .inf"), ["c.yaml: eps = inf", "must be a finite number"]),
+    "number of 400 digits": (config_file("eps: 1" + "0" * 400), ["c.yaml: eps", "must be a valid number"]),
+    "not a number for a count": (config_file('{"batch_size": NaN}', "c.json"), ["batch_size = nan", "whole number"]),
+    "half a pair in a prompt": (config_file('{"sample_prompts": ["\\ud800"]}', "c.json"), ["must be UTF-8"]),
+    "NUL in a path of a file": (config_file('{"tensorboard_dir": "a\\u0000"}', "c.json"), ["must not hold a NUL"]),
+    "list for a checkpoint": (config_file("load_ckpt: [a]"), ["load_ckpt = ['a']", "must be a valid string"]),
+    "JSON that is a number": (config_file("5", "c.json"), ["c.json = 5", "`field: value` lines"]),
+    "JSON with a comma too many": (
+        config_file('{"seed": 1,}', "c.json"),
+        ["c.json:1", "is not JSON", "mend that line"],
+    ),
+    "empty JSON": (config_file("", "c.json"), ["c.json:1", "is not JSON"]),
+    "folder for a file": (lambda f, s: s.update(config=f), ["cannot be read (Is a directory)", "give a file"]),
+    "not UTF-8": (
+        lambda f, s: ((f / "c.yaml").write_bytes(b"\xff\xfe"), s.update(config=f / "c.yaml")),
+        ["c.yaml", "0xff at 0", "convert it to UTF-8"],
+    ),  # type: ignore[dict-item, func-returns-value]
     "unknown key in file": (config_file("n_layer: 2\n"), ["n_layer", "did you mean 'n_layers'"]),
     "wrong value in file": (config_file("eps: small\n"), ["c.yaml: eps", "'small'"]),
     # --- DeepSpeed overlays
     "no such overlay": (some(deepspeed_overlay="nowhere.json"), ["no such file", "ds_configs/zero2.json"]),
     "overlay is no JSON": (overlay("{"), ["overlay.json:1", "is not JSON"]),
+    "overlay that is a list": (overlay([1]), ["overlay.json = [1]", "`field: value` lines"]),
+    "overlay nested 5,000 deep": (overlay('{"a":' * 100_000), ["overlay.json", "nested too deeply"]),
+    "key of nothing like it": (overlay({"xyzzyx": 1}), ["xyzzyx", "no such key", "DeepSpeed's reference"]),
+    "never print": (overlay({"steps_per_print": 0}), ["steps_per_print = 0", "greater than 0"]),
+    "text for a count": (overlay({"steps_per_print": "inf"}), ["steps_per_print = 'inf'", "must be a valid integer"]),
+    "true for a count": (overlay({"steps_per_print": True}), ["steps_per_print = True", "must be a valid integer"]),
+    "true for a bucket": (
+        overlay({"zero_optimization": {"reduce_bucket_size": True}}),
+        ["reduce_bucket_size = True", "must be a valid integer"],
+    ),
+    "true for the clipping": (overlay({"gradient_clipping": True}), ["gradient_clipping = True", "valid number"]),
+    "one for true": (overlay({"zero_optimization": {"overlap_comm": 1}}), ["overlap_comm = 1", "valid boolean"]),
+    "text for true": (overlay({"wall_clock_breakdown": "yes"}), ["wall_clock_breakdown = 'yes'", "valid boolean"]),
+    "level that there is not": (overlay({"log_level": "loud"}), ["log_level = 'loud'", "'debug'"]),
+    "sums in bytes": (overlay({"communication_data_type": "fp8"}), ["communication_data_type = 'fp8'", "'fp32'"]),
+    "more than all of it": (
+        overlay({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 1.5}}}),
+        ["ratio = 1.5", "less than or equal to 1"],
+    ),
+    "device that there is not": (
+        overlay({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "disk"}}}),
+        ["device = 'disk'", "'none', 'cpu' or 'nvme'"],
+    ),
+    "block of a negative size": (overlay({"aio": {"block_size": -1}}), ["aio.block_size = -1", "greater than 0"]),
+    "number for a folder": (overlay({"tensorboard": {"output_path": 5}}), ["output_path = 5", "valid string"]),
+    "number for nvme's folder": (
+        overlay({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": 3}}}),
+        ["nvme_path = 3", "must be a valid string"],
+    ),
+    "old name of the offload": (
+        overlay({"zero_optimization": {"stage": 2, "cpu_offload": True}}),
+        ["cpu_offload", 'write "offload_optimizer": {"device": "cpu"}', "leave it out"],
+    ),
+    "checkpoints of DeepSpeed's": (overlay({"checkpoint": {"foo": 1}}), ["checkpoint: has no effect", "of its own"]),
+    "activation checkpointing of DeepSpeed's": (
+        overlay({"activation_checkpointing": {"partition_activations": True}}),
+        ["activation_checkpointing: has no effect here", "the field activation_checkpointing"],
+    ),
+    "bias that is not corrected": (
+        overlay({"optimizer": {"params": {"bias_correction": False}}}),
+        ["optimizer.params.bias_correction: has no effect", "leave it out"],
+    ),
+    "betas that are none": (overlay({"optimizer": {"params": {"betas": [True, 1]}}}), ["betas = [True, 1]", "number"]),
     "overlay with a typo": (overlay({"gradient_clipp1ng": 1}), ["gradient_clipp1ng", "'gradient_clipping'"]),
     "typo in depth": (
         overlay({"zero_optimization": {"reduce_bucket": 1}}),
@@ -197,6 +319,8 @@ TRAINING: dict[str, tuple[Prepare, list[str]]] = {
         ["zero_optimization.stage = 3", "gives 2"],
     ),  # type: ignore[dict-item, func-returns-value]
     "stage that is a boolean": (overlay({"zero_optimization": {"stage": True}}), ["stage = True", "0, 1, 2 or 3"]),
+    "stage that is a list": (overlay({"zero_optimization": {"stage": [2]}}), ["stage = [2]", "0, 1, 2 or 3"]),
+    "stage that is text": (overlay({"zero_optimization": {"stage": "2"}}), ["stage = '2'", "0, 1, 2 or 3"]),
     "stage that is a fraction": (overlay({"zero_optimization": {"stage": 0.0}}), ["stage = 0.0", "0, 1, 2 or 3"]),
     "parameters off at stage 0": (
         overlay({"zero_optimization": {"stage": 0, "offload_param": {"device": "cpu"}}}),
@@ -211,7 +335,7 @@ TRAINING: dict[str, tuple[Prepare, list[str]]] = {
     "monitor that is not installed": (overlay({"comet": {"enabled": True}}), ["comet.enabled", "pip install comet_ml"]),
     "value that DeepSpeed refuses": (
         overlay({"zero_optimization": {"reduce_bucket_size": -5}}),
-        ["DeepSpeed refuses", "reduce_bucket_size"],
+        ["reduce_bucket_size = -5", "greater than 0"],
     ),
     # --- data
     "no data": (some(dataset_dir="/nowhere/at/all"), ["/nowhere/at/all"]),
@@ -240,7 +364,15 @@ TRAINING: dict[str, tuple[Prepare, list[str]]] = {
     # --- checkpoints
     "nothing to resume": (some(load_ckpt="true"), ["holds no checkpoint", "--load_ckpt false"]),
     "resume from nowhere": (some(load_ckpt="/nowhere/update_1"), ["/nowhere/update_1", "no such folder"]),
-    "checkpoint folder in the way": (file_in_the_way, ["file", "cannot be used"]),
+    "checkpoint folder in the way": (file_in_the_way(ckpt_dir="file/c"), ["ckpt_dir", "a part of the path is a file"]),
+    "file for the checkpoints": (file_in_the_way(ckpt_dir="file"), ["ckpt_dir", "needs a folder where a file is"]),
+    "file for the events": (file_in_the_way(tensorboard_dir="file"), ["tensorboard_dir", "needs a folder"]),
+    "events below a file": (file_in_the_way(tensorboard_dir="file/t"), ["tensorboard_dir", "a part of the path"]),
+    "log below a file": (file_in_the_way(log_file="file/log.csv"), ["log_file", "needs a folder where a file is"]),
+    "manifest that is a list": (manifest("[]"), ["is not a whole checkpoint", "TypeError"]),
+    "manifest of little": (manifest('{"update": 3}'), ["is not a whole checkpoint", "KeyError: 'format'"]),
+    "manifest of another format": (manifest('{"format": "x-9"}'), ["its format is 'x-9'"]),
+    "manifest nested 5,000 deep": (manifest("[" * 100_000), ["is not a whole checkpoint", "RecursionError"]),
 }
 
 VERBS: dict[str, tuple[list[str], list[str]]] = {
@@ -254,10 +386,33 @@ VERBS: dict[str, tuple[list[str], list[str]]] = {
     "no tokenizer to encode with": (["encode", "tests", "--tokenizer", "nowhere.json", "--out", "o"], ["tests"]),
     "checkpoint that is none": (["generate", "--checkpoint", "tests", "--prompt", "x"], ["tests", "manifest.json"]),
     "export of nothing": (["export", "--checkpoint", "nowhere", "--out", "o"], ["nowhere"]),
+    "seed that torch cannot take": (
+        ["generate", "--checkpoint", "tests", "--prompt", "x", "--seed", "9" * 26],
+        ["--seed", "less than 2**63"],
+    ),
+    "prompt that is not UTF-8": (["generate", "--checkpoint", "x", "--prompt", "\udcff"], ["--prompt", "UTF-8"]),
+    "checkpoint with a NUL": (["generate", "--checkpoint", "a\0", "--prompt", "x"], ["--checkpoint", "NUL"]),
+    "export to a home of nobody": (["export", "--checkpoint", "x", "--out", "~nobody_here/x"], ["--out", "a home"]),
+    "export to nothing": (["export", "--checkpoint", "x", "--out", ""], ["--out", "must not be empty"]),
+    "plot at a variable that is not set": (["plot-schedule", "--out", "$DSLLAMA_NOWHERE"], ["$DSLLAMA_NOWHERE"]),
+    "vocabulary beyond counting": (["tokenizer", "x", "--out", "t", "--vocab_size", "1e30"], ["less than 2**63"]),
+    "workers of nothing": (
+        ["encode", "tests", "--tokenizer", "t.json", "--out", "o", "--workers", "0"],
+        ["workers", "at least 1"],
+    ),
+    "quickstart's unknown field": (["quickstart", "n_layer=6"], ["n_layer", "did you mean 'n_layers'"]),
+    "quickstart's words apart": (["quickstart", "n_layer=6", "--fresh", "max_Ir=1"], ["'n_layers'", "'max_lr'"]),
+    "quickstart's half a word": (["quickstart", "n_layers"], ["n_layers", "FIELD=VALUE"]),
     "half a schedule": (["plot-schedule", "--training_steps", "10", "--warmup_steps", "20"], ["warmup_steps"]),
     "no world": (["config", "--world_size", "x"], ["world_size"]),
     "batch that does not divide": (["config", "--world_size", "3"], ["4 x 2048 x 3 = 24576", "516096 or 540672"]),
 }
+
+
+def each_has_a_remedy(message: str) -> bool:
+    """Whether each problem in a message is followed by what to do about it."""
+    numbered = len(re.findall(r"^  \d+\. ", message, re.MULTILINE))
+    return len(re.findall(r"^      -> .{5}", message, re.MULTILINE)) == (numbered or 1)
 
 
 @pytest.mark.parametrize("name", TRAINING)
@@ -266,10 +421,11 @@ def test_training_refuses_with_a_clear_message(name: str, tiny_data: TinyData, t
     settings = {**tiny_data.settings, "ckpt_dir": tmp_path / "checkpoints", "log_file": tmp_path / "log.csv"}
     prepare(tmp_path, settings)
     if "config" in settings:  # the file's own values must reach the checks
-        settings = {k: v for k, v in settings.items() if k not in ("batch_size", "seed", "eps", "n_layers")}
+        settings = {k: v for k, v in settings.items() if k not in ("batch_size", "eps", "n_layers", "sample_prompts")}
     assert train(options(settings)) == 2
     message = one_clear_screen(capsys.readouterr())
     assert [word for word in expected if word not in message] == [], message
+    assert each_has_a_remedy(message), message
 
 
 @pytest.mark.parametrize("name", VERBS)
@@ -279,6 +435,7 @@ def test_verbs_refuse_with_a_clear_message(name: str, capsys, monkeypatch) -> No
     assert cli.main(words) == 2
     message = one_clear_screen(capsys.readouterr())
     assert [word for word in expected if word not in message] == [], message
+    assert each_has_a_remedy(message), message
 
 
 def test_everything_that_is_wrong_is_said_at_once(tiny_data: TinyData, tmp_path: Path, capsys) -> None:

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from dsllama.data.bulk import BulkEncoder
 from dsllama.data.documents import Block, Place, blocks, input_files, no_documents
 from dsllama.data.manifest import Manifest, token_dtype
+from dsllama.data.pieces import CUTTING
 from dsllama.data.shards import Journal, ShardWriter, locked
 from dsllama.data.tokenizer import Tokenizer
 from dsllama.data.unpacking import BLOCK_BYTES
@@ -77,6 +78,7 @@ def encode(
         "shard_tokens": shard_tokens,
         "text_field": text_field,
         "on_error": on_error,
+        "cutting": CUTTING,
     }
     say = partial(print, file=sys.stderr) if progress else _silent
     with _explained(out_dir):
@@ -206,11 +208,11 @@ def _explained(out_dir: Path) -> Iterator[None]:
 def _check(out_dir: Path, workers: int, shard_tokens: int, on_error: str) -> None:
     problems = []
     if workers < 1:
-        problems.append(Problem("workers", "must be at least 1", value=workers))
+        problems.append(Problem("workers", "must be at least 1", "leave it out for one per core", workers))
     if shard_tokens < 1:
-        problems.append(Problem("shard_tokens", "must be at least 1", value=shard_tokens))
+        problems.append(Problem("shard_tokens", "must be at least 1", "100e6 makes files of 200 MB", shard_tokens))
     if on_error not in ("stop", "skip"):
-        problems.append(Problem("on_error", "must be 'stop' or 'skip'", value=on_error))
+        problems.append(Problem("on_error", "must be 'stop' or 'skip'", "use 'stop' to see all of it", on_error))
     if out_dir.exists() and not out_dir.is_dir():
         problems.append(Problem("--out", "is a file, not a folder", "give another name", str(out_dir)))
     if problems:

@@ -1,8 +1,10 @@
 """Large texts in pieces that encode to the same ids as the whole.
 
 GPT-2's byte-level BPE first splits a text into words by a pattern in which a blank that follows a non-blank always
-begins a new word, whatever comes before or after. A text that is cut there loses nothing. Of another pipeline
-(Llama-3's pattern, Llama-2's normalizer) that is not so: `BulkEncoder.may_cut` tells, and such texts are not cut.
+begins a new word, whatever comes before or after; so does a sign after a letter or digit, a digit after a letter, and
+a letter after a sign other than the apostrophe. A text that is cut there loses nothing; one with no such place stays
+whole. Of another pipeline (Llama-3's pattern, Llama-2's normalizer) that is not so: `BulkEncoder.may_cut` tells, and
+such texts are not cut.
 """
 
 from __future__ import annotations
@@ -15,9 +17,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 PIECE_CHARACTERS = 2**20
-# A run without a blank of more than this is cut all the same: its ids may differ at the cut, its text does not.
-_LONGEST_PIECE = 16 * 2**20
-_WORD_BEGINS = re.compile("(?<=\\S)[ \t\r\n\u00a0\u3000]")
+# Changes with where texts are cut: an encoding that was begun otherwise cannot go on.
+CUTTING = 2
+# Letters and signs that are certainly such to GPT-2's pattern: ASCII, and what is written without blanks.
+_LETTER = "A-Za-z\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3"
+_SIGN = "!-&(-/:-@\\[-`{-~\u3001\u3002\u300a-\u3011\uff01\uff08\uff09\uff0c\uff1a\uff1b\uff1f"
+WORD_BEGINS = re.compile(
+    "(?<=\\S)[ \t\r\n\u00a0\u3000]"
+    f"|(?<=[{_LETTER}])[0-9{_SIGN}]|(?<=[0-9])[{_LETTER}{_SIGN}]|(?<=[{_SIGN}])[{_LETTER}0-9]"
+)
 _CHUNK_BYTES = 2**20
 
 
@@ -74,27 +82,28 @@ def _pieces(read: Callable[[int], str]) -> Iterator[tuple[str, bool]]:
 
     Where the cuts fall depends on the text alone.
     """
-    rest = ""
+    parts: list[str] = []
     while True:
-        text = rest
-        cut = None
-        while cut is None and len(text) < _LONGEST_PIECE:
-            wanted = PIECE_CHARACTERS - len(text) % PIECE_CHARACTERS
-            fresh = read(wanted)
-            text += fresh
-            if len(fresh) < wanted:
-                yield text, True
-                return
-            cut = _last_word_begin(text, len(text) - len(fresh))
-        cut = len(text) if cut is None else cut
-        yield text[:cut], False
-        rest = text[cut:]
+        wanted = PIECE_CHARACTERS - sum(map(len, parts)) % PIECE_CHARACTERS
+        fresh = read(wanted)
+        # A word may begin with the first letter of what is new.
+        looked_at = (parts[-1][-1:] if parts else "") + fresh
+        if len(fresh) < wanted:
+            yield "".join([*parts, fresh]), True
+            return
+        cut = _last_word_begin(looked_at)
+        if cut is None:
+            parts.append(fresh)
+            continue
+        place = cut - (len(looked_at) - len(fresh))
+        yield "".join([*parts, fresh[:place]]), False
+        parts = [fresh[place:]] if fresh[place:] else []
 
 
-def _last_word_begin(text: str, start: int) -> int | None:
-    """The last place after `start` to cut at; nearly always the end of the text is enough to look at."""
-    for begin in (max(start, len(text) - 4096), start):
-        found = [match.start() for match in _WORD_BEGINS.finditer(text, begin)]
+def _last_word_begin(text: str) -> int | None:
+    """The last place to cut a text at; nearly always its end is enough to look at."""
+    for begin in (max(0, len(text) - 4096), 0):
+        found = [match.start() for match in WORD_BEGINS.finditer(text, begin)]
         if found:
             return found[-1]
     return None

@@ -104,11 +104,11 @@ def train_tokenizer(
     problems = []
     if vocab_size < _SMALLEST_VOCABULARY:
         rule = f"must be at least {_SMALLEST_VOCABULARY}: 256 bytes and {len(SPECIAL_TOKENS)} special tokens"
-        problems.append(Problem("vocab_size", rule, value=vocab_size))
+        problems.append(Problem("vocab_size", rule, "8192 is enough for a small model", vocab_size))
     if max_bytes < 1:
         problems.append(Problem("max_bytes", "must be at least 1", value=max_bytes))
     if on_error not in ("stop", "skip"):
-        problems.append(Problem("on_error", "must be 'stop' or 'skip'", value=on_error))
+        problems.append(Problem("on_error", "must be 'stop' or 'skip'", "use 'stop' to see all of it", on_error))
     if out.is_dir():
         problems.append(Problem("--out", "is a folder", f"name a file, such as {out / 'tokenizer.json'}", str(out)))
     elif out.exists() and not overwrite:
@@ -157,8 +157,12 @@ def _sample(files: list[Path], text_field: str, max_bytes: int, on_error: str) -
 
 
 def _without_blobs(text: str) -> str:
-    # The plain look first: it is ten times as fast as the pattern, and nearly always enough.
-    return _BLOB.sub(" ", text) if max(map(len, text.split()), default=0) >= _BLOB_LETTERS else text
+    # A plain look first: it is ten times as fast as the pattern, and nearly always enough.
+    step = _BLOB_LETTERS // 2
+    may_have_one = max(map(len, text.split()), default=0) >= _BLOB_LETTERS or any(
+        text[place : place + step].isspace() for place in range(0, len(text), step)
+    )
+    return _BLOB.sub(" ", text) if may_have_one else text
 
 
 def _save(content: str, out: Path) -> None:

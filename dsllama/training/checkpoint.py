@@ -266,6 +266,9 @@ def _read(path: Path, checksums: bool = True) -> tuple[dict[str, Any], str]:
             return {}, f"its format is {manifest['format']!r}, not {FORMAT!r}"
         if manifest["digest"] != _digest(manifest):
             return {}, f"its {MANIFEST} was changed after it was saved"
+        named = _NAME.fullmatch(path.name)
+        if named and int(named[1]) != manifest["update"]:
+            return {}, f"its {MANIFEST} is of update {manifest['update']}"
         files = manifest["files"]
     except FileNotFoundError:
         return {}, f"it has no {MANIFEST}"

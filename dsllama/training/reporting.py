@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO, Any
 
-from dsllama.errors import Problem, UserError
+from dsllama.errors import Problem, UserError, remedy_for
 from dsllama.scheduler import SCHEDULES, Scheduler, learning_rate
 from dsllama.sizes import readable, readable_duration
 
@@ -252,9 +252,11 @@ def plot_schedules(path: Path, training_steps: int, warmup_steps: int, max_lr: f
             Scheduler(None, schedule, training_steps, warmup_steps, max_lr, min_lr)
         path.parent.mkdir(parents=True, exist_ok=True)
     except ValueError as error:
-        raise UserError(Problem("schedule", str(error))) from None
+        raise UserError(
+            Problem("schedule", str(error), "the defaults are 100,000 and 1,000 steps, 1e-3 and 1e-4")
+        ) from None
     except OSError as error:
-        raise UserError(Problem(str(path), f"cannot be written ({error.strerror})")) from None
+        raise UserError(Problem(str(path), f"cannot be written ({error.strerror})", remedy_for(error))) from None
     updates = sorted({*range(1, training_steps + 1, max(1, training_steps // 2000)), warmup_steps or 1, training_steps})
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()

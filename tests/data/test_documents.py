@@ -216,15 +216,24 @@ def test_a_large_document_passes_in_pieces_but_is_one_document(unit, tmp_path):
         (2, "small"),
     ]
     assert max(len(document.text) for document in found) <= PIECE_CHARACTERS
-    # Each cut is before a blank that follows none, so that no word and no run of blanks is torn.
+    # Each cut is between kinds of signs, so that no word and no run of blanks is torn.
     for before, after in pairwise(found):
         if not before.ends:
-            assert re.fullmatch(r"\S\s", before.text[-1] + after.text[0])
+            assert re.fullmatch(r"\S\s|\w\W|[^\w']\w", before.text[-1] + after.text[0])
 
 
-def test_a_text_without_any_blank_is_cut_all_the_same():
-    found = list(pieces_of_text("x" * (17 * 2**20)))
-    assert [(len(piece), last) for piece, last in found] == [(16 * 2**20, False), (2**20, True)]
+def test_a_text_without_any_place_to_cut_at_stays_whole():
+    text = "x" * (17 * 2**20)
+    assert list(pieces_of_text(text)) == [(text, True)]
+    found = list(pieces_of_text(text + " " + text))
+    assert [(len(piece), last) for piece, last in found] == [(17 * 2**20, False), (17 * 2**20 + 1, True)]
+
+
+def test_a_text_without_blanks_is_cut_between_its_words():
+    for unit in ("\u6f22\u5b57\u3002\u4eee\u540d", "base64+a1/", "it's,"):
+        text = unit * (3 * PIECE_CHARACTERS // len(unit))
+        pieces = [piece for piece, _ in pieces_of_text(text)]
+        assert len(pieces) >= 3 and "".join(pieces) == text
 
 
 @settings(max_examples=10, derandomize=True, deadline=None)

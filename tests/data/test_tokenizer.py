@@ -119,6 +119,14 @@ def test_a_large_input_is_sampled_evenly_from_its_beginning_to_its_end(tmp_path)
     assert all(any(learned[start : start + 5]) for start in range(0, 20, 5))
 
 
+@pytest.mark.parametrize("unit", [" ", "\n", " \n\t", "_-", "=", "\u6f22"])
+def test_a_long_run_of_one_kind_does_not_stall_the_training(unit, tmp_path):
+    # The trainer's time grows with the square of a word's length: these would take it minutes.
+    (tmp_path / "a.txt").write_text(TEXT + unit * 400_000 + TEXT)
+    tokenizer = train_tokenizer([tmp_path / "a.txt"], tmp_path / "t.json", vocab_size=400)
+    assert tokenizer.decode(tokenizer.encode(unit * 50)) == unit * 50
+
+
 def test_a_blob_without_blanks_does_not_stall_the_training(tmp_path):
     import random
 
@@ -163,4 +171,4 @@ def test_what_is_no_tokenizer_is_refused_with_its_path_and_a_remedy(make, rule, 
         Tokenizer.load(path)
     assert rule in str(caught.value)
     assert str(path) in str(caught.value)
-    assert "dsllama tokenizer" in str(caught.value)
+    assert "dsllama tokenizer" in str(caught.value) or "give a file" in str(caught.value)

@@ -51,7 +51,9 @@ def test_console_csv_and_tensorboard_say_the_same(campaign: Campaign) -> None:
     assert [int(row["step"]) for row in rows if row["validation_loss"]] == [5, 10, 15, 20]
     # The textbook's interval: eval_interval, then 1.5 times as far each time.
     samples = (trained.folder / "log.samples.txt").read_text()
-    assert re.findall(r"=== update (\d+),", samples) == ["5", "8", "12", "18"] and samples.count("the dog") == 4
+    assert re.findall(r"=== update (\d+),", samples) == ["5", "8", "12", "18"] and samples.count("the dog") == 8
+    texts = [text.strip() for text in re.split(r"=== update .*\n", samples) if text.strip()]
+    assert all(first != second for first, second in zip(texts[::2], texts[1::2], strict=True))
     saved = yaml.safe_load((trained.folder / "checkpoints" / "starts" / "0001" / "config.yaml").read_text())
     assert saved["seed"] == 3 and saved["validation_tokens"] == 1000
     ds_json = json.loads((trained.folder / "checkpoints" / "starts" / "0001" / "deepspeed.json").read_text())
@@ -73,6 +75,20 @@ def test_events_of_runs_are_kept_apart_and_a_resumed_run_goes_on_in_its_own(tmp_
 
     starts = [("a.csv", False), ("b.csv", False), ("a.csv", False), ("a.csv", True), ("b.csv", True), ("c.csv", True)]
     assert [events(*start) for start in starts] == ["a-1", "b-1", "a-2", "a-2", "b-1", "c-1"]
+
+
+def test_rows_that_are_none_are_moved_aside_with_those_that_a_resumed_run_makes_anew(tmp_path: Path) -> None:
+    from dsllama.training.reporting import COLUMNS, Report, read_log
+
+    def row(step: str) -> str:
+        return ",".join({"step": step, "tokens_total": "256"}.get(name, "1.5") for name in COLUMNS)
+
+    log = tmp_path / "log.csv"
+    log.write_text("\n".join([",".join(COLUMNS), row("1"), row("two"), row("3"), row("4"), "5,0.2"]))
+    Report(log, tmp_path / "tensorboard", resumed_from=3, resumed_tokens=768).close()
+    assert [kept["step"] for kept in read_log(log)] == ["1", "3"]
+    aside = log.with_name("log.csv.superseded").read_text().splitlines()
+    assert [line.split(",")[0] for line in aside] == ["step", "two", "4"]
 
 
 def test_two_runs_do_not_write_one_log(tiny_data: TinyData, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

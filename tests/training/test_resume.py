@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -54,7 +55,17 @@ def damage(update: int, how: str) -> Callable[[Run], None]:
     return apply
 
 
-CHECKPOINTS: dict[str, tuple[list[Callable[[Run], None]], dict[str, Any], list[str]]] = {
+def edited(change: Callable[[dict[str, Any]], object]) -> Callable[[Run], Any]:
+    def apply(trained: Run) -> None:
+        file = trained.checkpoint(20) / "manifest.json"
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        change(manifest)
+        file.write_text(json.dumps(manifest), encoding="utf-8")
+
+    return apply
+
+
+CHECKPOINTS: dict[str, tuple[list[Callable[[Run], Any]], dict[str, Any], list[str]]] = {
     "one that would be overwritten": ([], {}, ["holds 2 checkpoints", "--load_ckpt true"]),
     "another width": ([], {"load_ckpt": "true", "n_embd": 64}, ["n_embd = 64", "32"]),
     "another length": ([], {"load_ckpt": "true", "max_seq_len": 16}, ["max_seq_len = 16", "32"]),
@@ -85,6 +96,21 @@ CHECKPOINTS: dict[str, tuple[list[Callable[[Run], None]], dict[str, Any], list[s
     ),
     "manifest gone": ([damage(20, "no manifest")], {"load_ckpt": "update_0000020"}, ["no manifest.json"]),
     "manifest torn": ([damage(20, '{"format":')], {"load_ckpt": "update_0000020"}, ["cannot be read"]),
+    "manifest with another update": (
+        [edited(lambda manifest: manifest.update(update=19))],
+        {"load_ckpt": "update_0000020"},
+        ["was changed after it was saved", "update_0000010"],
+    ),
+    "manifest without an entry": (
+        [edited(lambda manifest: manifest["data"].clear())],
+        {"load_ckpt": "update_0000020"},
+        ["was changed after it was saved"],
+    ),
+    "folder of another name": (
+        [lambda trained: trained.checkpoint(20).rename(trained.checkpoint(30))],
+        {"load_ckpt": "update_0000030"},
+        ["its manifest.json is of update 20"],
+    ),
     "manifest of something else": (
         [damage(20, '{"format": "x", "files": {}}')],
         {"load_ckpt": "update_0000020"},
