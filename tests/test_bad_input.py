@@ -395,6 +395,8 @@ VERBS: dict[str, tuple[list[str], list[str]]] = {
     "export to a home of nobody": (["export", "--checkpoint", "x", "--out", "~nobody_here/x"], ["--out", "a home"]),
     "export to nothing": (["export", "--checkpoint", "x", "--out", ""], ["--out", "must not be empty"]),
     "plot at a variable that is not set": (["plot-schedule", "--out", "$DSLLAMA_NOWHERE"], ["$DSLLAMA_NOWHERE"]),
+    "plot over a folder": (["plot-schedule", "--out", "README.md/a"], ["README.md", "a part of the path"]),
+    "plot that is no picture": (["plot-schedule", "--out", "/tmp/a.xyz"], ["--out", "xyz", "name a .png file"]),
     "vocabulary beyond counting": (["tokenizer", "x", "--out", "t", "--vocab_size", "1e30"], ["less than 2**63"]),
     "workers of nothing": (
         ["encode", "tests", "--tokenizer", "t.json", "--out", "o", "--workers", "0"],

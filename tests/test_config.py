@@ -140,6 +140,38 @@ def test_derived_numbers_are_the_closed_forms() -> None:
     assert (derived.gradient_accumulation_steps, derived.updates) == (8, 85_831)
 
 
+def test_every_budget_of_two_decimals_is_a_whole_number() -> None:
+    for hundredths in range(1, 2000):
+        text = f"{hundredths // 100}.{hundredths % 100:02d}"
+        assert parse_count(f"{text}B") == parse_count(f"{text}e9") == hundredths * 10**7
+    assert (parse_count("0.5K"), parse_count(" 1_000 "), parse_count("2**19")) == (512, 1000, 524288)
+
+
+def test_what_people_type_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    config = TrainingConfig(
+        dataset_dir="~/data", ckpt_dir="${SCRATCH}/run", log_file="$SCRATCH/log.csv", load_ckpt="AUTO"
+    )
+    places = (config.dataset_dir, config.ckpt_dir, config.log_file)
+    assert places == ("/home/me/data", "/scratch/me/run", "/scratch/me/log.csv")
+    assert config.load_ckpt == "auto" and TrainingConfig(load_ckpt="$SCRATCH/run/update_1").load_ckpt == (
+        "/scratch/me/run/update_1"
+    )
+    assert TrainingConfig(precision="BF16", schedule="Linear", zero_stage="2").zero_stage == 2
+    # What is there under its literal name is meant.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "$SCRATCH").mkdir()
+    assert TrainingConfig(ckpt_dir="$SCRATCH").ckpt_dir == "$SCRATCH"
+
+
+@pytest.mark.parametrize("name", ["c.yaml", "c.json"])
+def test_a_file_with_a_byte_order_mark_is_read(name: str, tmp_path: Path) -> None:
+    TrainingConfig(seed=7).save(tmp_path / name)
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (tmp_path / name).read_bytes())
+    assert load_config(tmp_path / name).seed == 7
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 8, 64])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])

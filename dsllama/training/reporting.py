@@ -247,6 +247,8 @@ def plot_schedules(path: Path, training_steps: int, warmup_steps: int, max_lr: f
     """
     from matplotlib.figure import Figure
 
+    if not path.suffix:  # matplotlib would add one in silence
+        path = path.with_suffix(".png")
     try:
         for schedule in SCHEDULES:
             Scheduler(None, schedule, training_steps, warmup_steps, max_lr, min_lr)
@@ -266,5 +268,9 @@ def plot_schedules(path: Path, training_steps: int, warmup_steps: int, max_lr: f
     axes.set(xlabel="update", ylabel="learning rate")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=110)
+    try:
+        figure.savefig(path, dpi=110)
+    except (OSError, ValueError) as error:  # of a suffix that is no picture
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(Problem("--out", f"cannot be written ({reason})", "name a .png file", str(path))) from None
     return path

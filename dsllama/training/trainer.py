@@ -267,8 +267,8 @@ class Trainer:
                     max_new_tokens=self.config.sample_tokens,
                     temperature=self.config.sample_temperature,
                     top_p=self.config.sample_top_p,
-                    # Of its own for each prompt: two that end alike would go on alike.
-                    seed=self.config.seed + self.update + number * 2**32,
+                    # Of its own for each prompt, or two that end alike would go on alike. torch takes 32 bits.
+                    seed=self.config.seed + self.update + number * 1_000_003,
                     agree=self._first_ranks_choice if partitioned else None,
                 )
                 for number, prompt in enumerate(self.config.sample_prompts)

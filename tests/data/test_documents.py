@@ -157,6 +157,16 @@ def test_all_bad_lines_of_a_block_are_told_at_once(tmp_path):
     assert [problem.where.split(":")[1] for problem in caught.value.problems] == ["2", "4"]
 
 
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.large_string()])
+def test_parquet_text_that_its_writer_did_not_mark_as_text_is_read(kind, tmp_path):
+    texts = ["one \u6f22", "", None, "two"]
+    column = pa.array([None if text is None else text.encode() for text in texts], pa.binary()).cast(kind)
+    parquet.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    counts = Counter()
+    found = [document.text for document in read_documents([tmp_path / "a.parquet"], on_error="skip", skipped=counts)]
+    assert found == ["one \u6f22", "two"] and counts.total() == 2
+
+
 def test_parquet_rows_without_text_are_named_by_row_and_a_missing_column_by_file(tmp_path):
     path = _write(tmp_path / "a.parquet", ["one", None, "three"])
     with pytest.raises(UserError, match=r"a\.parquet: row 2: has no text"):

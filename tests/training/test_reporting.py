@@ -51,7 +51,7 @@ def test_console_csv_and_tensorboard_say_the_same(campaign: Campaign) -> None:
     assert [int(row["step"]) for row in rows if row["validation_loss"]] == [5, 10, 15, 20]
     # The textbook's interval: eval_interval, then 1.5 times as far each time.
     samples = (trained.folder / "log.samples.txt").read_text()
-    assert re.findall(r"=== update (\d+),", samples) == ["5", "8", "12", "18"] and samples.count("the dog") == 8
+    assert re.findall(r"=== update (\d+),", samples)[::2] == ["5", "8", "12", "18"] and samples.count("the dog") == 8
     texts = [text.strip() for text in re.split(r"=== update .*\n", samples) if text.strip()]
     assert all(first != second for first, second in zip(texts[::2], texts[1::2], strict=True))
     saved = yaml.safe_load((trained.folder / "checkpoints" / "starts" / "0001" / "config.yaml").read_text())
