@@ -82,6 +82,7 @@ _REMEDIES = {
     errno.ENOSPC: "free some space there, or give another place",
     errno.EDQUOT: "free some of your quota there, or give another place",
     errno.EROFS: "it is mounted read-only: give another place",
+    errno.EEXIST: "a part of the path is a file: give another one",
     errno.EISDIR: "it is a folder: give a file",
     errno.ENOTDIR: "a part of the path is a file: give another one",
     errno.ENAMETOOLONG: "give a shorter name",
