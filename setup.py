@@ -11,7 +11,7 @@ setup(
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=find_packages(include=["dsllama", "dsllama.*"]),
     package_data={"dsllama": ["quickstart.yaml"]},
     install_requires=[
@@ -24,6 +24,7 @@ setup(
         "setuptools",  # torch's TensorBoard writer and DeepSpeed's op builder import parts of it
         "pyyaml>=6",
         "safetensors>=0.4",
+        "huggingface_hub>=0.25",  # which plans the files of an export; tokenizers needs it anyway
         "matplotlib>=3.8",
         "tqdm>=4.60",
         "psutil>=5",

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dsllama.versions import versions
+from dsllama.machine import versions
 
 
 def machine() -> dict[str, Any]:

@@ -104,7 +104,7 @@ def _parser() -> Parser:
 
 class _Versions(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from dsllama.versions import versions
+        from dsllama.machine import versions
 
         print("\n".join(f"{name} {number}" for name, number in versions().items()))
         parser.exit()

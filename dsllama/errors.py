@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 EXIT_USER_ERROR = 2
+_MOST_SHOWN = 20
+_MOST_LETTERS = 80
 
 
 @dataclass(frozen=True)
@@ -46,15 +48,15 @@ class UserError(Exception):
         self.title = title
         super().__init__(self.render())
 
-    def render(self, limit: int = 20) -> str:
-        """The whole message: a title, then at most `limit` problems, numbered when there are several."""
+    def render(self) -> str:
+        """The whole message: a title, then the problems, numbered when there are several, 20 at most."""
         count = len(self.problems)
         if count == 1:
             return f"{self.title}: {self.problems[0]}"
         lines = [f"{self.title}: {count} problems"]
-        lines += [f"  {n}. {problem}" for n, problem in enumerate(self.problems[:limit], 1)]
-        if count > limit:
-            lines.append(f"  ... and {count - limit} more of the same run")
+        lines += [f"  {n}. {problem}" for n, problem in enumerate(self.problems[:_MOST_SHOWN], 1)]
+        if count > _MOST_SHOWN:
+            lines.append(f"  ... and {count - _MOST_SHOWN} more of the same run")
         return "\n".join(lines)
 
 
@@ -95,9 +97,9 @@ _BRIEFLY = reprlib.Repr()
 _BRIEFLY.maxlevel, _BRIEFLY.maxstring, _BRIEFLY.maxother = 3, 200, 200
 
 
-def _shorten(value: Any, width: int = 80) -> str:
+def _shorten(value: Any) -> str:
     # From the middle: of a path, the file's name at its end says most. Aliases in YAML can make a few lines a value
     # whose full text would be gigabytes.
     text = repr(value) if isinstance(value, (str, int, float)) else _BRIEFLY.repr(value)
-    half = (width - 3) // 2
-    return text if len(text) <= width else f"{text[:half]}...{text[-half:]}"
+    half = (_MOST_LETTERS - 3) // 2
+    return text if len(text) <= _MOST_LETTERS else f"{text[:half]}...{text[-half:]}"

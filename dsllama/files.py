@@ -13,7 +13,8 @@ _MARK = "# Written by dsllama; left alone once it is edited. sha256 of the rest:
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file in one step, durably: a reader sees the old one or the new one, never half of it. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Always the same name: what a kill leaves behind is used up by the next attempt.
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(content.encode("utf-8") if isinstance(content, str) else content)
@@ -22,6 +23,12 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """A file's checksum, in hex. Raises OSError."""
+    with path.open("rb", buffering=0) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_own(path: Path, text: str) -> None:

@@ -56,15 +56,11 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """Token embedding, drawn from N(0, std)."""
-
-    def __init__(self, rows: int, width: int, std: float = _STD) -> None:
-        self.std = std
-        super().__init__(rows, width)
+    """Token embedding, drawn from N(0, 0.02)."""
 
     def reset_parameters(self) -> None:
         """Draw the weights; nn.Embedding calls it while it is built."""
-        _draw(self.weight, self.std)
+        _draw(self.weight, _STD)
 
 
 class RMSNorm(nn.Module):

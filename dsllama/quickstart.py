@@ -27,6 +27,7 @@ from dsllama.data.encode import encode
 from dsllama.data.tokenizer import train_tokenizer
 from dsllama.errors import Problem, UserError
 from dsllama.files import write_own
+from dsllama.machine import usable_cores
 from dsllama.sizes import readable, readable_duration
 from dsllama.training.checkpoint import newest_whole
 from dsllama.training.engine import free_port
@@ -73,8 +74,7 @@ def quickstart(folder: Path, fresh: bool = False, ranks: int | None = None, over
 
 def default_ranks() -> int:
     """One process per GPU; without any, 2 where there are 2 cores (so that the run is a distributed one)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return torch.cuda.device_count() or min(2, cores)
+    return torch.cuda.device_count() or min(2, usable_cores())
 
 
 def launch_command(config_file: Path, ranks: int) -> list[str]:

@@ -64,10 +64,10 @@ def nearest_multiples(value: int, of: int) -> list[int]:
     return sorted(candidates, key=lambda n: abs(n - value))
 
 
-def nearest_divisors(value: int, of: int, count: int = 2) -> list[int]:
-    """The divisors of `of` that lie nearest to `value`, nearest first."""
+def nearest_divisors(value: int, of: int) -> list[int]:
+    """The two divisors of `of` that lie nearest to `value`, nearest first."""
     divisors = {d for low in range(1, math.isqrt(of) + 1) if of % low == 0 for d in (low, of // low)}
-    return sorted(divisors, key=lambda d: (abs(d - value), d))[:count]
+    return sorted(divisors, key=lambda d: (abs(d - value), d))[:2]
 
 
 def readable(number: float) -> str:

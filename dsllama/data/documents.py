@@ -178,27 +178,6 @@ def input_files(inputs: Iterable[str | Path]) -> list[Path]:
     return files
 
 
-def read_documents(
-    files: Sequence[Path], text_field: str = "text", on_error: str = "stop", skipped: Counter[str] | None = None
-) -> Iterator[Document]:
-    """All documents of the files, in order.
-
-    on_error: "stop" raises UserError at the first block with something wrong in it; "skip" leaves that out. Either
-    way, `skipped` counts by kind what gave no document. Raises UserError where there is no document at all.
-    """
-    counts: Counter[str] = Counter() if skipped is None else skipped
-    any_document = False
-    for block in blocks(files, text_field):
-        found = block.read()
-        if found.problems and on_error == "stop":
-            raise UserError(found.problems, "cannot read the input")
-        counts.update(found.skipped)
-        any_document |= bool(found.documents)
-        yield from found.documents
-    if not any_document:
-        raise no_documents(files, counts)
-
-
 def no_documents(files: Sequence[Path], skipped: Counter[str]) -> UserError:
     """The error for an input without a single document."""
     names = ", ".join(map(str, files[:3])) + (", ..." if len(files) > 3 else "")

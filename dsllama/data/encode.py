@@ -8,7 +8,6 @@ Every shard but the last has exactly `shard_tokens` ids; a document may go on in
 
 from __future__ import annotations
 
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -25,13 +24,13 @@ from dsllama.data.bulk import BulkEncoder
 from dsllama.data.documents import Block, Place, blocks, input_files, no_documents
 from dsllama.data.manifest import Manifest, token_dtype
 from dsllama.data.pieces import CUTTING
-from dsllama.data.shards import Journal, ShardWriter, locked
+from dsllama.data.shards import TITLE, Journal, ShardWriter, locked
 from dsllama.data.tokenizer import Tokenizer
 from dsllama.data.unpacking import BLOCK_BYTES
 from dsllama.data.workers import WorkerDied, WorkerPool
 from dsllama.errors import Problem, UserError, remedy_for
+from dsllama.machine import usable_cores
 
-_TITLE = "cannot encode"
 _GOES_ON = "run the same command again: it goes on where it stopped"
 _MOST_PROBLEMS = 100
 
@@ -68,7 +67,7 @@ def encode(
     stopped. Raises UserError for bad input, a folder that holds something else, a full disk, a worker that died.
     """
     out_dir = Path(out_dir)
-    workers = _cores() if workers is None else workers
+    workers = usable_cores() if workers is None else workers
     _check(out_dir, workers, shard_tokens, on_error)
     files = input_files(inputs)
     tokenizer = Tokenizer.load(tokenizer_path)
@@ -98,7 +97,7 @@ def encode(
             if not journal.shards:
                 raise no_documents(files, skipped)
             if _stamps(files) != identity["input"]:
-                raise UserError(Problem("inputs", "changed while they were encoded", "use --overwrite"), _TITLE)
+                raise UserError(Problem("inputs", "changed while they were encoded", "use --overwrite"), TITLE)
             manifest = Manifest(
                 dtype=token_dtype(tokenizer.vocab_size),
                 vocab_size=tokenizer.vocab_size,
@@ -146,7 +145,7 @@ def _write_shards(
         with bar, WorkerPool(workers, make) as pool:
             for encoded in pool.in_order(blocks(files, journal.identity["text_field"], place, cut)):
                 if encoded.problems and stop:
-                    raise UserError(encoded.problems, _TITLE)
+                    raise UserError(encoded.problems, TITLE)
                 if not used:
                     skipped.update(encoded.skipped)
                 while used < len(encoded.ids):
@@ -195,11 +194,11 @@ def _explained(out_dir: Path) -> Iterator[None]:
         yield
     except WorkerDied as error:
         problem = Problem("workers", str(error), f"{_GOES_ON}; --workers 1 needs the least memory")
-        raise UserError(problem, _TITLE) from None
+        raise UserError(problem, TITLE) from None
     except OSError as error:
         where = str(error.filename or out_dir)
         remedy = f"{remedy_for(error, 'see to it')}; then {_GOES_ON}"
-        raise UserError(Problem(where, f"cannot be read or written ({error.strerror})", remedy), _TITLE) from None
+        raise UserError(Problem(where, f"cannot be read or written ({error.strerror})", remedy), TITLE) from None
     except KeyboardInterrupt:
         print(f"stopped; {_GOES_ON}", file=sys.stderr)
         raise
@@ -216,7 +215,7 @@ def _check(out_dir: Path, workers: int, shard_tokens: int, on_error: str) -> Non
     if out_dir.exists() and not out_dir.is_dir():
         problems.append(Problem("--out", "is a file, not a folder", "give another name", str(out_dir)))
     if problems:
-        raise UserError(problems, _TITLE)
+        raise UserError(problems, TITLE)
 
 
 def _stamps(files: list[Path]) -> list[list[Any]]:
@@ -227,7 +226,3 @@ def _stamps(files: list[Path]) -> list[list[Any]]:
 
 def _silent(_text: str) -> None:
     return None
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -28,8 +28,8 @@ import torch
 from dsllama.data.order import permute
 from dsllama.data.stream import TokenStream
 from dsllama.errors import Problem, UserError
+from dsllama.model import IGNORE_INDEX
 
-IGNORE_INDEX = -100
 """Target of padding: torch's cross_entropy leaves it out by default."""
 
 Batch: TypeAlias = tuple[torch.Tensor, torch.Tensor]

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dsllama.errors import Problem, UserError
+from dsllama.files import write_atomically
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "dsllama-shards-1"
@@ -67,12 +67,7 @@ class Manifest:
             "fingerprint": self.fingerprint,
             **asdict(self),
         }
-        temporary = folder / (MANIFEST_NAME + ".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(folder / MANIFEST_NAME)
+        write_atomically(folder / MANIFEST_NAME, json.dumps(content, indent=1))
 
     @classmethod
     def load(cls, folder: Path) -> Manifest | None:

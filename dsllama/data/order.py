@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,32 +20,26 @@ _ROUNDS = 8
 _U64 = np.uint64
 
 
-@overload
-def permute(index: int, n: int, seed: int, epoch: int) -> int: ...
-@overload
-def permute(index: npt.NDArray[Any], n: int, seed: int, epoch: int) -> npt.NDArray[np.int64]: ...
-def permute(index: Any, n: int, seed: int, epoch: int) -> Any:
+def permute(index: npt.NDArray[Any], n: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
     """The sample at place `index` of the order of one epoch.
 
-    index: an int in [0, n), or an integer array of any shape with such entries; the result has the same shape
-    (int64). For a fixed (n, seed, epoch) this is a bijection on [0, n); another seed or epoch gives another one.
+    index: integers in [0, n), of any shape; the result has the same shape (int64). For a fixed (n, seed, epoch) this
+    is a bijection on [0, n); another seed or epoch gives another one.
     n: number of samples, up to 2**62.
 
     Feistel network over the mixed-radix digits of the index with modular addition, and cycle walking: Black
     and Rogaway, "Ciphers with Arbitrary Finite Domains" (2002). The domain exceeds n by less than its square
     root, so a second walk is rare.
     """
-    places = np.asarray(index)
     assert 1 <= n <= 2**62, "n outside [1, 2**62]"
-    assert places.size == 0 or (places.min() >= 0 and places.max() < n), "index outside [0, n)"
+    assert index.size == 0 or (index.min() >= 0 and index.max() < n), "index outside [0, n)"
     rows = math.isqrt(n - 1) + 1
     columns = -(-n // rows)
     keys = np.frombuffer(hashlib.sha512(f"{seed}/{epoch}".encode()).digest(), "<u8").astype(_U64)
-    values = _feistel(places.reshape(-1).astype(_U64), rows, columns, keys)
+    values = _feistel(index.reshape(-1).astype(_U64), rows, columns, keys)
     while (outside := values >= n).any():
         values[outside] = _feistel(values[outside], rows, columns, keys)
-    result = values.astype(np.int64).reshape(places.shape)
-    return result if isinstance(index, np.ndarray) else int(result)
+    return values.astype(np.int64).reshape(index.shape)
 
 
 def _feistel(values: npt.NDArray[np.uint64], rows: int, columns: int, keys: npt.NDArray[np.uint64]) -> Any:

@@ -22,9 +22,10 @@ import numpy as np
 from dsllama.data.documents import Place
 from dsllama.data.manifest import MANIFEST_NAME, Manifest, Shard
 from dsllama.errors import Problem, UserError
+from dsllama.files import write_atomically
 
 JOURNAL_NAME = "encode.journal"
-_TITLE = "cannot encode"
+TITLE = "cannot encode"
 _ANEW = "use --overwrite to begin anew, or another --out"
 
 
@@ -49,7 +50,7 @@ class ShardWriter:
 
     def add(self, ids: np.ndarray) -> int:
         """Append ids, as many as there is room for; returns how many."""
-        part = ids[: self._capacity - self.tokens].astype(self._dtype, copy=False)
+        part: np.ndarray = ids[: self._capacity - self.tokens].astype(self._dtype, copy=False)
         data = part.tobytes()
         self._file.write(data)
         self._digest.update(data)
@@ -120,18 +121,18 @@ class Journal:
             others = sorted(file.name for file in (*folder.glob(MANIFEST_NAME), *folder.glob("*.npy")))
             if others:
                 rule = f"holds {others[0]} already, not from an encoding that could go on"
-                raise UserError(Problem(str(folder), rule, _ANEW), _TITLE)
+                raise UserError(Problem(str(folder), rule, _ANEW), TITLE)
             return cls(folder, identity)
         if saved["identity"]["on_error"] == "stop":
             # Nothing was left out so far, so that "skip", from here on, gives what it would have from the beginning.
             saved["identity"]["on_error"] = identity["on_error"]
         changes = list(_changes(saved["identity"], identity))
         if changes:
-            raise UserError([Problem(str(folder), f"was begun otherwise: {c}", _ANEW) for c in changes], _TITLE)
+            raise UserError([Problem(str(folder), f"was begun otherwise: {c}", _ANEW) for c in changes], TITLE)
         shards = [Shard(**shard) for shard in saved["shards"]]
         gone = [shard.file for shard in shards if not (folder / shard.file).is_file()]
         if gone:
-            raise UserError([Problem(str(folder / file), "is gone", _ANEW) for file in gone], _TITLE)
+            raise UserError([Problem(str(folder / file), "is gone", _ANEW) for file in gone], TITLE)
         return cls(folder, identity, shards, Place(*saved["place"]), saved["used"], saved["skipped"])
 
     def save(self) -> None:
@@ -143,12 +144,7 @@ class Journal:
             "used": self.used,
             "skipped": self.skipped,
         }
-        temporary = self.folder / (JOURNAL_NAME + ".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.folder / JOURNAL_NAME)
+        write_atomically(self.folder / JOURNAL_NAME, json.dumps(content))
 
 
 @contextmanager
@@ -160,7 +156,7 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             problem = Problem(str(folder), "is being written by another process", "wait for it, or stop it")
-            raise UserError(problem, _TITLE) from None
+            raise UserError(problem, TITLE) from None
         except OSError:
             pass  # some network file systems have no locks
         yield
@@ -180,7 +176,7 @@ def _load(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise UserError(Problem(str(path), f"is damaged ({error})", "delete it, and use --overwrite"), _TITLE) from None
+        raise UserError(Problem(str(path), f"is damaged ({error})", "delete it, and use --overwrite"), TITLE) from None
 
 
 def _remove(folder: Path, saved: dict[str, Any] | None) -> None:

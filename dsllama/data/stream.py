@@ -46,7 +46,7 @@ class TokenStream:
     dataset_dir: folder with `.npy` shards. With a `manifest.json` its list of shards is the stream, and every
     shard must be as it says; without one, all `*.npy` files sorted by name, other files ignored.
     vocab_size: ids must lie below it; None takes the manifest's, or checks only that none is negative. Ids are
-    checked on samples of each shard here, on every batch by the DatasetLoader, and all of them by `verify`.
+    checked on samples of each shard here, and on every batch by the DatasetLoader.
 
     Attributes: tokens (length of the stream), dtype, vocab_size, and fingerprint, the identity of the content:
     the manifest's, or else one of the shards' lengths, dtype and sampled bytes, whatever the files are called.
@@ -122,25 +122,6 @@ class TokenStream:
         """What is wrong with the token at this position, which is outside the vocabulary."""
         path, offset = self.locate(position)
         return _outside_problem(path, offset, int(self.read(position, position + 1)[0]), self.vocab_size)
-
-    def verify(self) -> None:
-        """Read every shard whole: its checksum against the manifest's, if there is one, and every id.
-
-        Takes as long as reading the data set once. Raises UserError with all shards that are damaged.
-        """
-        problems = []
-        for number, shard in enumerate(self._shards):
-            if self.manifest and _sha256(shard.path) != self.manifest.shards[number].sha256:
-                rule = "differs from what was encoded (its checksum does not fit)"
-                problems.append(Problem(str(shard.path), rule, _REPLACE))
-            for start in range(0, shard.tokens, 2**22):
-                outside = _outside(block := self._map(number)[start : start + 2**22], self.vocab_size)
-                if outside is not None:
-                    first = int(outside.argmax())
-                    problems.append(_outside_problem(shard.path, start + first, int(block[first]), self.vocab_size))
-                    break
-        if problems:
-            raise UserError(problems, _TITLE)
 
 
 @dataclass(frozen=True)
@@ -286,11 +267,3 @@ def _map_shard(shards: list[_Shard], number: int) -> npt.NDArray[Any]:
     except (OSError, ValueError) as error:
         rule = f"can no longer be read as it was when the data set was opened ({error})"
         raise UserError(Problem(str(shard.path), rule, "restore it, and resume"), _TITLE) from error
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()

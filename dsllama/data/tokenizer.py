@@ -1,6 +1,6 @@
 """Byte-level BPE: training it on raw text, and the Tokenizer round the file that comes out.
 
-    documents -> a sample of at most `max_bytes` -> BPE over the whole byte alphabet -> one JSON file
+    documents -> a sample of at most 128 MiB -> BPE over the whole byte alphabet -> one JSON file
 
 Lossless on any UTF-8: every byte is in the alphabet before training begins, so none can vanish.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,6 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from dsllama.data.documents import blocks, input_files, no_documents
 from dsllama.errors import Problem, UserError, remedy_for
+from dsllama.files import write_atomically
 
 SPECIAL_TOKENS = ["<SOS>", "<EOS>", "<PAD>", "<UNK>", "<SOU>", "<EOU>", "<SOA>", "<EOA>", "<SOT>", "<EOT>"]
 _SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256
@@ -90,23 +90,20 @@ def train_tokenizer(
     out: str | Path,
     vocab_size: int = 8192,
     text_field: str = "text",
-    max_bytes: int = _SAMPLE_BYTES,
     on_error: str = "stop",
     overwrite: bool = False,
 ) -> Tokenizer:
     """Train a byte-level BPE on raw text and save it to `out`, one JSON file that transformers opens as well.
 
-    Of more than `max_bytes` of text, a sample of about that much is used, spread evenly over the whole input.
-    A small text may give fewer merges than asked for: the result's vocab_size says. on_error: "stop" or "skip", as
-    in `read_documents`. Raises UserError for bad input and for an `out` that exists.
+    Of more than 128 MiB of text, a sample of about that much is used, spread evenly over the whole input. A small text
+    may give fewer merges than asked for: the result's vocab_size says. on_error: "stop" or "skip" bad input.
+    Raises UserError for bad input and for an `out` that exists.
     """
     out = Path(out)
     problems = []
     if vocab_size < _SMALLEST_VOCABULARY:
         rule = f"must be at least {_SMALLEST_VOCABULARY}: 256 bytes and {len(SPECIAL_TOKENS)} special tokens"
         problems.append(Problem("vocab_size", rule, "8192 is enough for a small model", vocab_size))
-    if max_bytes < 1:
-        problems.append(Problem("max_bytes", "must be at least 1", value=max_bytes))
     if on_error not in ("stop", "skip"):
         problems.append(Problem("on_error", "must be 'stop' or 'skip'", "use 'stop' to see all of it", on_error))
     if out.is_dir():
@@ -127,14 +124,20 @@ def train_tokenizer(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(_sample(files, text_field, max_bytes, on_error), trainer)
+    backend.train_from_iterator(_sample(files, text_field, on_error), trainer)
     content = backend.to_str(pretty=True)
-    _save(content, out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(out, content)
+    except OSError as error:
+        remedy = remedy_for(error, "name another place")
+        problem = Problem("--out", f"cannot be written ({error.strerror})", remedy, str(out))
+        raise UserError(problem, "cannot train a tokenizer") from None
     return Tokenizer(content, out)
 
 
-def _sample(files: list[Path], text_field: str, max_bytes: int, on_error: str) -> Iterator[str]:
-    """Texts, about `max_bytes` of them at most: whole blocks, as evenly spread over the input as blocks can be.
+def _sample(files: list[Path], text_field: str, on_error: str) -> Iterator[str]:
+    """Texts, about 128 MiB of them at most: whole blocks, as evenly spread over the input as blocks can be.
 
     What is taken keeps pace with what was passed, measured on the disk, so that compressed files need no guess.
     """
@@ -143,7 +146,7 @@ def _sample(files: list[Path], text_field: str, max_bytes: int, on_error: str) -
     skipped: Counter[str] = Counter()
     for block in blocks(files, text_field):
         passed += block.disk_bytes
-        if taken * disk_bytes > passed * max_bytes:
+        if taken * disk_bytes > passed * _SAMPLE_BYTES:
             continue
         found = block.read()
         if found.problems and on_error == "stop":
@@ -163,22 +166,6 @@ def _without_blobs(text: str) -> str:
         text[place : place + step].isspace() for place in range(0, len(text), step)
     )
     return _BLOB.sub(" ", text) if may_have_one else text
-
-
-def _save(content: str, out: Path) -> None:
-    """Write the file in one step: a reader sees the old one or the new one, never half of it."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = out.with_name(out.name + ".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(out)
-    except OSError as error:
-        remedy = remedy_for(error, "name another place")
-        problem = Problem("--out", f"cannot be written ({error.strerror})", remedy, str(out))
-        raise UserError(problem, "cannot train a tokenizer") from None
 
 
 def _refused(path: Path, rule: str) -> UserError:

@@ -20,6 +20,7 @@ from typing import Any
 
 import tokenizers
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -56,14 +57,13 @@ def export_huggingface(
     out: str | Path,
     dtype: str = "float32",
     overwrite: bool = False,
-    max_shard_bytes: int = _SHARD_BYTES,
 ) -> Path:
     """Write a model and its tokenizer to the folder `out`; returns it.
 
     state: the whole model's weights. config: its TrainingConfig. dtype: float32, bfloat16 or float16. overwrite:
-    replace the files of an earlier export, and no others. max_shard_bytes: weights beyond it are split into several
-    files with an index. A new folder is there wholly or not at all; in one that is overwritten config.json, without
-    which nothing loads, goes first and comes last.
+    replace the files of an earlier export, and no others. Weights of more than 5 GB are split into several files with
+    an index. A new folder is there wholly or not at all; in one that is overwritten config.json, without which nothing
+    loads, goes first and comes last.
     Raises UserError where `out` exists or cannot be written.
     """
     out = Path(out).resolve()  # of a link, the folder that it names
@@ -77,7 +77,7 @@ def export_huggingface(
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        _write_weights(aside, to_huggingface(state, config.tie_embeddings), getattr(torch, dtype), max_shard_bytes)
+        _write_weights(aside, to_huggingface(state, config.tie_embeddings), getattr(torch, dtype))
         rows = state[_EMBEDDING].shape[0]
         _write_json(aside / _CONFIG, _model_config(config, tokenizer, rows, dtype))
         _write_json(aside / "generation_config.json", _generation_config(tokenizer, rows))
@@ -137,21 +137,12 @@ def _publish(aside: Path, out: Path) -> None:
     write_atomically(out / _RECORD, json.dumps({"files": new}))
 
 
-def _write_weights(folder: Path, weights: dict[str, Tensor], dtype: torch.dtype, max_shard_bytes: int) -> None:
-    groups: list[list[str]] = [[]]
-    filled = 0
-    for name, tensor in weights.items():
-        size = tensor.numel() * dtype.itemsize
-        if groups[-1] and filled + size > max_shard_bytes:
-            groups.append([])
-            filled = 0
-        groups[-1].append(name)
-        filled += size
-    placed: dict[str, str] = {}
-    for number, names in enumerate(groups, 1):
-        file = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        # Converted one file at a time, so that no second copy of the whole model is needed. Cloned where nothing
-        # is converted, because safetensors refuses tensors that share memory.
+def _write_weights(folder: Path, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
+    # Planned on tensors without content, and converted one file at a time: no second copy of the whole model.
+    shapes = {name: torch.empty(tensor.shape, dtype=dtype, device="meta") for name, tensor in weights.items()}
+    plan = split_torch_state_dict_into_shards(shapes, max_shard_size=_SHARD_BYTES)
+    for file, names in plan.filename_to_tensors.items():
+        # Cloned where nothing is converted, because safetensors refuses tensors that share memory.
         save_file(
             {name: weights[name].to(dtype, copy=True).contiguous() for name in names}, folder / file, {"format": "pt"}
         )
@@ -159,10 +150,9 @@ def _write_weights(folder: Path, weights: dict[str, Tensor], dtype: torch.dtype,
         mask = os.umask(0)
         os.umask(mask)
         (folder / file).chmod(0o666 & ~mask)
-        placed |= dict.fromkeys(names, file)
-    if len(groups) > 1:
-        total = sum(tensor.numel() for tensor in weights.values()) * dtype.itemsize
-        _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": placed})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        _write_json(folder / "model.safetensors.index.json", index)
 
 
 def _model_config(config: Any, tokenizer: Tokenizer, rows: int, dtype: str) -> dict[str, Any]:

@@ -29,6 +29,7 @@ import torch.distributed as dist
 
 from dsllama.config import TrainingConfig, load_config
 from dsllama.errors import Problem, UserError
+from dsllama.files import sha256, write_atomically
 from dsllama.training import engine as deepspeed_engine
 from dsllama.training.engine import World
 
@@ -217,7 +218,7 @@ def save(
     content["digest"] = _digest(content)
     with _all_or_none(world):
         if world.is_main:
-            _write_durably(aside / MANIFEST, json.dumps(content, indent=1))
+            write_atomically(aside / MANIFEST, json.dumps(content, indent=1))
             if final.exists():  # a damaged one of the same update: kept, under a name that nobody resumes from
                 final.rename(final.with_name(f"damaged-{final.name}-{time.time_ns()}"))
             aside.rename(final)
@@ -281,7 +282,7 @@ def _read(path: Path, checksums: bool = True) -> tuple[dict[str, Any], str]:
             return {}, f"{name} is missing"
         if size != entry["bytes"]:
             return {}, f"{name} has {size} bytes instead of {entry['bytes']}"
-        if checksums and _sha256(path / name) != entry["sha256"]:
+        if checksums and sha256(path / name) != entry["sha256"]:
             return {}, f"{name} does not have the checksum that it was saved with"
     return manifest, ""
 
@@ -296,22 +297,7 @@ def _describe(file: Path) -> dict[str, Any]:
     """Size and checksum of a file that has just been written, once the disk really has it."""
     with file.open("rb") as handle:
         os.fsync(handle.fileno())
-    return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb", buffering=0) as handle:
-        while block := handle.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _write_durably(file: Path, text: str) -> None:
-    with file.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
+    return {"bytes": file.stat().st_size, "sha256": sha256(file)}
 
 
 def _flush_folder(folder: Path) -> None:

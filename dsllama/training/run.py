@@ -24,10 +24,10 @@ from dsllama.data.loader import DatasetLoader
 from dsllama.data.manifest import Manifest
 from dsllama.data.tokenizer import Tokenizer
 from dsllama.errors import EXIT_USER_ERROR, Problem, UserError, remedy_for
+from dsllama.machine import versions
 from dsllama.sizes import readable, readable_duration
 from dsllama.training.reporting import claim, is_log
 from dsllama.training.stopping import EXIT_STOPPED
-from dsllama.versions import versions
 
 if TYPE_CHECKING:  # importing it for real takes seconds, which a mistake should not cost
     from dsllama.training.trainer import Job, Outcome

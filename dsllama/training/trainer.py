@@ -21,20 +21,18 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from dsllama.accelerators import peak_tflops
 from dsllama.config import TrainingConfig
-from dsllama.data.loader import IGNORE_INDEX, DatasetLoader
+from dsllama.data.loader import DatasetLoader
 from dsllama.data.tokenizer import Tokenizer
 from dsllama.derived import Derived
-from dsllama.model import LLaMaTransformer
+from dsllama.machine import peak_memory_gib, peak_tflops, versions
+from dsllama.model import IGNORE_INDEX, LLaMaTransformer
 from dsllama.training import checkpoint as checkpoints
 from dsllama.training import engine as deepspeed_engine
 from dsllama.training.checkpoint import Checkpoint
 from dsllama.training.engine import World
-from dsllama.training.memory import peak_memory_gib
 from dsllama.training.reporting import Report, Row, perplexity
 from dsllama.training.stopping import StopRequest
-from dsllama.versions import versions
 
 
 class TrainingFailed(Exception):
@@ -60,12 +58,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended. first_loss is of this process's first update; checkpoint the last one that is published;
-    skipped: updates of this process that were left out."""
+    """How a run ended. checkpoint: the last one that is published; skipped: of this process's updates."""
 
     update: int
     tokens: int
-    first_loss: float
     last_loss: float
     tokens_per_second: float
     seconds: float
@@ -133,7 +129,7 @@ class Trainer:
             self.started = self.lap = time.perf_counter()
             self.idle = 0.0
             self.lap_update = self.update
-            first_loss = loss = math.nan
+            loss = math.nan
             stopped_by = ""
             save_is_due = False
             while self.update < updates and not stopped_by:
@@ -141,7 +137,6 @@ class Trainer:
                 self.scheduler.step(self.update)
                 self.learning_rate = self.scheduler.get_current_lr()
                 loss, norm, somebody_stops = self.train_one_update()
-                first_loss = loss if self.update == self.first_update else first_loss
                 self._insist_on_finite(loss, norm)
                 validation = self._evaluate() if self._every(config.eval_interval) and self.job.validation else None
                 if self._every(config.log_interval) or self.update in (self.first_update, updates) or validation:
@@ -161,7 +156,6 @@ class Trainer:
         return Outcome(
             self.update,
             self.tokens,
-            first_loss,
             loss,
             trained / max(seconds - self.idle, 1e-9),
             seconds,

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from dsllama.data.documents import blocks, input_files, read_documents
+from dsllama.data.documents import blocks, input_files, no_documents
 from dsllama.data.pieces import PIECE_CHARACTERS, pieces_of_text
 from dsllama.errors import UserError
 
@@ -39,6 +39,21 @@ def _write(path: Path, texts, field="text") -> Path:
     else:
         path.write_bytes(_jsonl(texts, field))
     return path
+
+
+def read_documents(files, text_field="text", on_error="stop", skipped=None):
+    """All documents of the files, in order, as `encode` and `train_tokenizer` take them."""
+    counts = Counter() if skipped is None else skipped
+    any_document = False
+    for block in blocks(files, text_field):
+        found = block.read()
+        if found.problems and on_error == "stop":
+            raise UserError(found.problems, "cannot read the input")
+        counts.update(found.skipped)
+        any_document |= bool(found.documents)
+        yield from found.documents
+    if not any_document:
+        raise no_documents(files, counts)
 
 
 def _texts(inputs, **options):

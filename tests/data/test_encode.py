@@ -346,7 +346,9 @@ def corpus(tmp_path_factory):
     (folder / "text").mkdir()
     half = gathered[: gathered.index(b"\n", 5 * 2**20) + 1]
     (folder / "text" / "half.jsonl").write_bytes(half + b'{bad\n{"text": ""}\n')
-    train_tokenizer([folder / "text"], folder / "bpe.json", vocab_size=270, max_bytes=100_000, on_error="skip")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dsllama.data.tokenizer._SAMPLE_BYTES", 100_000)
+        train_tokenizer([folder / "text"], folder / "bpe.json", vocab_size=270, on_error="skip")
     script = SCRIPT.replace("workers=", "on_error='skip', workers=")
     subprocess.run([sys.executable, "-c", script, *_arguments(folder, "whole", 2)], check=True)
     return folder, script

@@ -108,12 +108,13 @@ def test_bad_text_is_named_by_file_and_line_or_left_out_on_request(tmp_path):
     assert train_tokenizer([lines], tmp_path / "t.json", vocab_size=300, on_error="skip").vocab_size > 266
 
 
-def test_a_large_input_is_sampled_evenly_from_its_beginning_to_its_end(tmp_path):
+def test_a_large_input_is_sampled_evenly_from_its_beginning_to_its_end(tmp_path, monkeypatch):
     words = [chr(97 + i) * 3 + "q" for i in range(20)]
     for word in words:
         (tmp_path / f"{word}.jsonl").write_text(json.dumps({"text": f" {word}" * 400}) + "\n")
     total = sum(path.stat().st_size for path in tmp_path.iterdir())
-    tokenizer = train_tokenizer([tmp_path], tmp_path / "t.json", vocab_size=1000, max_bytes=total // 4)
+    monkeypatch.setattr("dsllama.data.tokenizer._SAMPLE_BYTES", total // 4)
+    tokenizer = train_tokenizer([tmp_path], tmp_path / "t.json", vocab_size=1000)
     learned = [tokenizer.token_to_id("Ġ" + word) is not None for word in words]
     assert 4 <= sum(learned) <= 6
     assert all(any(learned[start : start + 5]) for start in range(0, 20, 5))

@@ -98,11 +98,14 @@ def test_weights_are_rounded_to_the_type_that_is_asked_for(tiny_data: Any, tmp_p
     )
 
 
-def test_large_weights_are_split_into_files_that_the_index_names(tiny_data: Any, tmp_path: Path) -> None:
+def test_large_weights_are_split_into_files_that_the_index_names(
+    tiny_data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = lively_model(model_config(vocab_size=None), tiny_data.tokenizer)
     whole = exported(model, tmp_path / "whole").state_dict()
     limit = 30_000
-    split = exported(model, tmp_path / "split", max_shard_bytes=limit).state_dict()
+    monkeypatch.setattr("dsllama.export.huggingface._SHARD_BYTES", limit)
+    split = exported(model, tmp_path / "split").state_dict()
     torch.testing.assert_close(split, whole, rtol=0, atol=0)
     files = sorted((tmp_path / "split").glob("*.safetensors"))
     index = json.loads((tmp_path / "split" / "model.safetensors.index.json").read_text())
@@ -152,9 +155,13 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_an_export_replaces_only_what_an_earlier_one_wrote_and_only_when_asked(export: Any, tmp_path: Path) -> None:
+def test_an_export_replaces_only_what_an_earlier_one_wrote_and_only_when_asked(
+    export: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "hf"
-    assert export(out, max_shard_bytes=30_000) == out
+    with monkeypatch.context() as patch:
+        patch.setattr("dsllama.export.huggingface._SHARD_BYTES", 30_000)
+        assert export(out) == out
     assert len(names(out)) > len(MADE)  # more than one file of weights
     (out / "note.txt").write_text("mine")
     (out / "src").mkdir()
@@ -165,9 +172,10 @@ def test_an_export_replaces_only_what_an_earlier_one_wrote_and_only_when_asked(e
     assert (out / "model.safetensors").stat().st_mode == (out / "config.json").stat().st_mode
     # A file of the user's under a name that this export needs.
     (out / "model-00001-of-00002.safetensors").write_text("mine")
-    many = {"overwrite": True, "max_shard_bytes": (out / "model.safetensors").stat().st_size * 2 // 3}
+    half = (out / "model.safetensors").stat().st_size * 2 // 3
+    monkeypatch.setattr("dsllama.export.huggingface._SHARD_BYTES", half)
     with pytest.raises(UserError, match=r"model-00001-of-00002.safetensors, which no export"):
-        export(out, **many)
+        export(out, overwrite=True)
     assert names(out) == MADE | {"note.txt", "src", "model-00001-of-00002.safetensors"}
 
 
