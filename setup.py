@@ -29,9 +29,10 @@ setup(
         "tqdm>=4.60",
         "psutil>=5",
         "tiktoken>=0.13",
+        "backports.zstd>=1; python_version < '3.14'",
     ],
     extras_require={
-        "formats": ["pyarrow>=14", "zstandard>=0.22"],
+        "formats": ["pyarrow>=14"],
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.6",
@@ -40,7 +41,6 @@ setup(
             "transformers>=4.45",
             "accelerate>=1.1",
             "pyarrow>=14",
-            "zstandard>=0.22",
             "ruff==0.17.6",
             "mypy==2.4.1",
             "types-PyYAML",

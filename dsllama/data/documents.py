@@ -35,7 +35,7 @@ SUFFIXES = (
     ".parquet",
     *(kind + packed for packed in _PACKED for kind in (".txt", *_LINES)),
 )
-_NEEDS = {".parquet": "pyarrow", ".zst": "zstandard"}
+_NEEDS = {".parquet": "pyarrow"}
 _SKIP = "mend it, or leave it out with --on_error skip"
 _FILES_PER_BLOCK = 500
 _TEXTS = (".txt", *(f".txt{packed}" for packed in _PACKED))

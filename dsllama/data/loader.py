@@ -13,11 +13,10 @@ samples whatever the number of ranks and the micro-batch, and resuming anywhere 
 from __future__ import annotations
 
 import logging
-import queue
-import threading
-import weakref
+from collections import deque
 from collections.abc import Iterator
-from itertools import islice
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -29,8 +28,6 @@ from dsllama.data.order import permute
 from dsllama.data.stream import TokenStream
 from dsllama.errors import Problem, UserError
 from dsllama.model import IGNORE_INDEX
-
-"""Target of padding: torch's cross_entropy leaves it out by default."""
 
 Batch: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 """x and y, both int64 and (B, T)."""
@@ -45,7 +42,8 @@ class DatasetLoader:
     """The batches of one rank.
 
     batch: B, rows per batch. seq_len: T, tokens per row. process_rank of num_processes: whose rows. dataset_dir:
-    folder of `.npy` shards, see TokenStream. device: where the batches go, "cuda", "cuda:1", "cpu".
+    folder of `.npy` shards, see TokenStream, or such a stream that is open already. device: where the batches go,
+    "cuda", "cuda:1", "cpu".
     shuffle: visit the samples in a random order, another one each epoch, keyed by seed.
     validation_tokens: so many at the end of the stream are held out; 0 for none. split: "train" is all but the
     held-out part; "validation" is that part alone, never shuffled.
@@ -65,7 +63,7 @@ class DatasetLoader:
         seq_len: int,
         process_rank: int,
         num_processes: int,
-        dataset_dir: str | Path,
+        dataset_dir: str | Path | TokenStream,
         device: str | torch.device,
         *,
         shuffle: bool = False,
@@ -77,7 +75,8 @@ class DatasetLoader:
     ):
         _check_arguments(batch, seq_len, process_rank, num_processes, device, split)
         self.device = _with_index(torch.device(device))
-        self.stream = TokenStream(dataset_dir, vocab_size)
+        opened = dataset_dir if isinstance(dataset_dir, TokenStream) else TokenStream(dataset_dir, vocab_size)
+        self.stream: TokenStream = opened
         _check_sizes(self.stream, seq_len, validation_tokens, split, tokens_per_update)
         training_tokens = self.stream.tokens - validation_tokens
         self.tokens = training_tokens if split == "train" else validation_tokens
@@ -104,7 +103,8 @@ class DatasetLoader:
             pinned=self.device.type == "cuda",
         )
         self.samples_per_epoch = self._batches.samples
-        self._prefetcher: _Prefetcher | None = None
+        self._reader: ThreadPoolExecutor | None = None
+        self._ahead: deque[tuple[int, Future[Batch]]] = deque()
 
     @property
     def epoch(self) -> int:
@@ -121,16 +121,21 @@ class DatasetLoader:
         Where the epoch's last sample is short, x is padded with 0 and y with IGNORE_INDEX.
         Raises UserError, with file and place, for an id outside the vocabulary or a file that has gone.
         """
-        if self._prefetcher is None:
-            self._prefetcher = _Prefetcher(self._batches, self.consumed_samples, self.device)
-        position, batch = self._prefetcher.get()
-        if position != self.consumed_samples:
+        if self._ahead and self._ahead[0][0] != self.consumed_samples:
             # A state was loaded, or Ctrl-C came between taking a batch and counting it: what was read ahead is stale.
             self.close()
-            return self.get_batch()
-        if isinstance(batch, BaseException):
+        if self._reader is None:
+            # Without its device, pinned memory would open a context on GPU 0, for every rank.
+            prepare = {"initializer": torch.cuda.set_device, "initargs": (self.device,)}
+            self._reader = ThreadPoolExecutor(1, "dsllama-prefetch", **(prepare if self.device.type == "cuda" else {}))
+        while len(self._ahead) <= _PREFETCHED_BATCHES:
+            position = self.consumed_samples + len(self._ahead) * self._batches.stride
+            self._ahead.append((position, self._reader.submit(self._batches.batch_at, position)))
+        try:
+            batch = self._ahead.popleft()[1].result()
+        except Exception:
             self.close()
-            raise batch
+            raise
         self._announce_epoch()
         self.consumed_samples += self._batches.stride
         return self._to_device(batch)
@@ -142,8 +147,8 @@ class DatasetLoader:
         end have only ignored targets, perhaps a whole batch: sum the losses and divide by the number of targets.
         """
         assert self._identity["split"] == "validation", "validation_batches is for split='validation'"
-        for batch in islice(self._batches.read_from(0, once=True), len(self)):
-            yield self._to_device(batch)
+        for step in range(len(self)):
+            yield self._to_device(self._batches.batch_at(step * self._batches.stride, once=True))
 
     def state_dict(self) -> dict[str, Any]:
         """The position, and what it is a position in; plain values. Batches that were only read ahead do not count."""
@@ -170,9 +175,10 @@ class DatasetLoader:
 
     def close(self) -> None:
         """Stop reading ahead and end the thread. A later get_batch goes on from the same position."""
-        if self._prefetcher is not None:
-            self._prefetcher.close()
-            self._prefetcher = None
+        self._ahead.clear()
+        if self._reader is not None:
+            self._reader.shutdown(cancel_futures=True)
+            self._reader = None
 
     def __enter__(self) -> DatasetLoader:
         return self
@@ -223,23 +229,22 @@ class _Batches:
         self._seed, self._pinned = seed, pinned
         self.samples = -(-(tokens - 1) // self._seq_len)
         self.stride = self._batch * ranks
+        # Not far beyond an epoch, because each epoch has an order of its own to set up.
+        self._planned = max(1, min(_PLANNED_SAMPLES // self._batch, self.samples // self.stride))
+        self._plan = lru_cache(maxsize=2)(self._offsets)
 
-    def read_from(self, position: int, once: bool = False) -> Iterator[Batch]:
-        """The batches from a position on, without end.
+    def batch_at(self, position: int, once: bool = False) -> Batch:
+        """The rows of the micro-step that begins with this sample.
 
         once: after the last sample, rows without targets instead of another epoch.
         """
-        # Not far beyond an epoch, because each epoch has an order of its own to set up.
-        steps = max(1, min(_PLANNED_SAMPLES // self._batch, self.samples // self.stride))
-        while True:
-            for offsets_B in self._plan(position, steps, once):
-                yield self._gather(offsets_B)
-            position += steps * self.stride
+        step = position // self.stride % self._planned
+        return self._gather(self._plan(position - step * self.stride, once)[step])
 
-    def _plan(self, position: int, steps: int, once: bool) -> npt.NDArray[np.int64]:
-        """Where in the part each row of the next micro-steps begins: (steps, B)."""
+    def _offsets(self, position: int, once: bool) -> npt.NDArray[np.int64]:
+        """Where in the part each row of the micro-steps from a position on begins: (planned steps, B)."""
         first_row = position + self._first_row
-        numbers = np.add.outer(first_row + np.arange(steps) * self.stride, np.arange(self._batch))
+        numbers = np.add.outer(first_row + np.arange(self._planned) * self.stride, np.arange(self._batch))
         if once:
             return np.minimum(numbers * self._seq_len, self._tokens - 1)
         epochs, samples = np.divmod(numbers, self.samples)
@@ -289,56 +294,6 @@ class _Batches:
             stop = min(offset + self._seq_len + 1, self._tokens)
             row[: stop - offset] = self._stream.read(self._start + offset, self._start + stop)
         return rows
-
-
-class _Prefetcher:
-    """A thread that reads batches ahead, until it is closed, forgotten, or the interpreter ends."""
-
-    def __init__(self, batches: _Batches, position: int, device: torch.device):
-        # SimpleQueue and not Queue: its put may be interrupted by the garbage collector's call of _stop.
-        self._requests: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        self._ready: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
-        stopped = threading.Event()
-        # The thread knows nothing of this object or the loader, so that forgetting those ends the thread.
-        arguments = (batches, position, device, self._requests, self._ready, stopped)
-        thread = threading.Thread(target=_read_ahead, args=arguments, name="dsllama-prefetch", daemon=True)
-        self.close = weakref.finalize(self, _stop, thread, self._requests, stopped)
-        for _ in range(_PREFETCHED_BATCHES):
-            self._requests.put(True)
-        thread.start()
-
-    def get(self) -> tuple[int, Any]:
-        """The next position and its batch, or the exception that came instead."""
-        self._requests.put(True)
-        return self._ready.get()
-
-
-def _read_ahead(
-    batches: _Batches,
-    position: int,
-    device: torch.device,
-    requests: queue.SimpleQueue[bool],
-    ready: queue.SimpleQueue[tuple[int, Any]],
-    stopped: threading.Event,
-) -> None:
-    """One batch per request, each with its position; after an exception, which is handed over, nothing more."""
-    try:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # otherwise pinned memory would open a context on GPU 0, for every rank
-        upcoming = batches.read_from(position)
-        while requests.get() and not stopped.is_set():
-            ready.put((position, next(upcoming)))
-            position += batches.stride
-    except BaseException as error:
-        ready.put((position, error))
-
-
-def _stop(thread: threading.Thread, requests: queue.SimpleQueue[bool], stopped: threading.Event) -> None:
-    stopped.set()
-    requests.put(False)
-    # The garbage collector may call this from the thread itself. The limit is for a disk that never answers.
-    if thread is not threading.current_thread():
-        thread.join(timeout=10)
 
 
 _TITLE = "the data loader cannot start"

@@ -6,16 +6,20 @@ A compressed file that was cut off looks, to most readers, like one that simply 
 from __future__ import annotations
 
 import gzip
+import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
 BLOCK_BYTES = 2**20
 _LONGEST_LINE = 64 * 2**20
-# zstd unpacks at most about 30,000 to 1: small steps keep even that within memory.
-_ZST_STEP = 2**13
 _MOST_ROWS = 4096
 
 
@@ -118,23 +122,23 @@ def _chunks(path: Path, disk: BinaryIO) -> Iterator[bytes]:
     """The unpacked bytes of a file. What was read whole before a damage is given before DamagedFile is raised."""
     suffix = path.suffix.lower()
     if suffix == ".zst":
-        yield from _unpacked_zst(disk)
+        widest = {int(zstd.DecompressionParameter.window_log_max): 31}
+        yield from _unpacked(zstd.ZstdFile(disk, options=widest), disk)
     elif suffix == ".gz":
-        yield from _unpacked_gz(disk)
+        yield from _unpacked(gzip.GzipFile(fileobj=disk), disk)
     else:
         while chunk := disk.read(BLOCK_BYTES):
             yield chunk
 
 
-def _unpacked_gz(disk: BinaryIO) -> Iterator[bytes]:
-    stream = gzip.GzipFile(fileobj=disk)
+def _unpacked(stream: Any, disk: BinaryIO) -> Iterator[bytes]:
     parts: list[bytes] = []
     held, anything, damage = 0, False, ""
     while True:
         try:
             # As much as one read of the disk gives: `read` would drop what it has when it meets a damage.
             part = stream.read1(BLOCK_BYTES)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        except (EOFError, zlib.error, gzip.BadGzipFile, zstd.ZstdError) as error:
             part, damage = b"", str(error)
         parts.append(part)
         held += len(part)
@@ -148,33 +152,3 @@ def _unpacked_gz(disk: BinaryIO) -> Iterator[bytes]:
             break
     if not anything and not disk.tell():
         raise DamagedFile("it has no bytes at all")
-
-
-def _unpacked_zst(disk: BinaryIO) -> Iterator[bytes]:
-    import zstandard
-
-    unpacker = zstandard.ZstdDecompressor(max_window_size=2**31)
-    frame = unpacker.decompressobj()
-    begun = False
-    parts: list[bytes] = []
-    held = 0
-    try:
-        while packed := disk.read(_ZST_STEP):
-            while packed:
-                begun = True
-                parts.append(frame.decompress(packed))
-                held += len(parts[-1])
-                packed = b""
-                if frame.eof:
-                    packed, frame, begun = frame.unused_data, unpacker.decompressobj(), False
-            if held >= BLOCK_BYTES:
-                yield b"".join(parts)
-                parts, held = [], 0
-    except zstandard.ZstdError as error:
-        if parts:
-            yield b"".join(parts)
-        raise DamagedFile(str(error)) from None
-    if parts:
-        yield b"".join(parts)
-    if begun or not disk.tell():
-        raise DamagedFile("it ends too early")

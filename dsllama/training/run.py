@@ -22,6 +22,7 @@ from dsllama import arguments, console
 from dsllama.config import TrainingConfig
 from dsllama.data.loader import DatasetLoader
 from dsllama.data.manifest import Manifest
+from dsllama.data.stream import TokenStream
 from dsllama.data.tokenizer import Tokenizer
 from dsllama.errors import EXIT_USER_ERROR, Problem, UserError, remedy_for
 from dsllama.machine import versions
@@ -173,11 +174,10 @@ def _open_data(
         config.max_seq_len,
         rank,
         world_size,
-        config.dataset_dir,
+        TokenStream(config.dataset_dir, vocab_size),
         _device(),
         seed=config.seed,
         validation_tokens=config.validation_tokens,
-        vocab_size=vocab_size,
     )
     train = opened(shuffle=config.shuffle, tokens_per_update=config.tokens_per_update)
     return train, opened(split="validation") if config.validation_tokens else None

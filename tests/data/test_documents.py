@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
 from dsllama.data.documents import blocks, input_files, no_documents
 from dsllama.data.pieces import PIECE_CHARACTERS, pieces_of_text
+from dsllama.data.unpacking import zstd
 from dsllama.errors import UserError
 
 TEXTS = ["one", "two\nlines\r\n", "naïve 你好 \U0001f600", "u2028:\u2028 nel:\x85 ff:\x0c", " ", '"quoted" \\ <EOS>']
@@ -35,7 +35,7 @@ def _write(path: Path, texts, field="text") -> Path:
     elif name.endswith(".gz"):
         path.write_bytes(gzip.compress(_jsonl(texts, field)))
     elif name.endswith(".zst"):
-        path.write_bytes(zstandard.compress(_jsonl(texts, field)))
+        path.write_bytes(zstd.compress(_jsonl(texts, field)))
     else:
         path.write_bytes(_jsonl(texts, field))
     return path
@@ -111,7 +111,7 @@ def test_blank_lines_and_a_missing_last_line_end_are_no_mistakes(tmp_path):
 
 def test_several_members_in_one_compressed_file_are_all_read(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(_jsonl(["1"])) + gzip.compress(_jsonl(["2"])))
-    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(_jsonl(["3"])) + zstandard.compress(_jsonl(["4"])))
+    (tmp_path / "a.jsonl.zst").write_bytes(zstd.compress(_jsonl(["3"])) + zstd.compress(_jsonl(["4"])))
     assert _texts([tmp_path]) == ["1", "2", "3", "4"]
 
 
@@ -144,7 +144,7 @@ LARGE = b"word " * 400_000
         _bad("a.jsonl.gz", gzip.compress(GOOD * 1000)[:-20], "a.jsonl.gz", "damaged file", "cannot be unpacked"),
         _bad("a.jsonl.gz", b"not gzip", "a.jsonl.gz", "damaged file", "cannot be unpacked"),
         _bad("a.jsonl.gz", b"", "a.jsonl.gz", "damaged file", "cannot be unpacked"),
-        _bad("a.jsonl.zst", zstandard.compress(GOOD * 1000)[:-2], "a.jsonl.zst", "damaged file", "ends too early"),
+        _bad("a.jsonl.zst", zstd.compress(GOOD * 1000)[:-2], "a.jsonl.zst", "damaged file", "ended before"),
         _bad("a.jsonl.zst", b"not zstd", "a.jsonl.zst", "damaged file", "cannot be unpacked"),
         _bad("a.parquet", b"PAR1 but not really PAR1", "a.parquet", "damaged file", "cannot be unpacked"),
         _bad("a.jsonl.gz", gzip.compress(GOOD + b"a" * (65 << 20) + b"\n", 1), "a.jsonl.gz:2", "line too long", "64"),
@@ -293,7 +293,7 @@ def test_memory_does_not_grow_with_the_input(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "pack"), [("a.jsonl.gz", gzip.compress), ("a.json.gz", gzip.compress), ("a.jsonl.zst", zstandard.compress)]
+    ("name", "pack"), [("a.jsonl.gz", gzip.compress), ("a.json.gz", gzip.compress), ("a.jsonl.zst", zstd.compress)]
 )
 def test_what_was_read_whole_before_a_damage_is_kept(name, pack, tmp_path):
     lines = [json.dumps({"text": f"{n} {random.Random(n).random()}"}) + "\n" for n in range(20_000)]
@@ -310,7 +310,7 @@ def test_more_names_for_lines_and_packed_texts_are_read(tmp_path):
     (tmp_path / "a.ndjson").write_bytes(_jsonl(["1"]))
     (tmp_path / "b.json.gz").write_bytes(gzip.compress(_jsonl(["2"])))
     (tmp_path / "c.txt.gz").write_bytes(gzip.compress("\ufeffthree\nlines\nhere".encode()))
-    (tmp_path / "d.txt.zst").write_bytes(zstandard.compress(b"4"))
+    (tmp_path / "d.txt.zst").write_bytes(zstd.compress(b"4"))
     large = "words and words\n" * (PIECE_CHARACTERS // 8)
     (tmp_path / "e.txt.gz").write_bytes(gzip.compress(large.encode()))
     found = _whole(list(read_documents(input_files([tmp_path]))))

@@ -215,7 +215,7 @@ def test_a_batch_lost_to_an_interrupt_is_read_again(tmp_path):
     oracle = expected_rows(tokens, 2)
     with DatasetLoader(1, 2, 0, 1, tmp_path, "cpu") as loader:
         loader.get_batch()
-        loader._prefetcher.get()  # what Ctrl-C leaves: taken from the thread, and never delivered
+        loader._ahead.popleft()  # what Ctrl-C leaves: taken from the thread, and never delivered
         assert rows_of(loader.get_batch()) == [oracle[1]]
 
 
@@ -390,7 +390,7 @@ def test_a_wrong_id_that_opening_missed_stops_its_batch_with_file_and_offset(tmp
 
 
 def prefetch_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "dsllama-prefetch"]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("dsllama-prefetch")]
 
 
 def test_the_thread_starts_with_the_first_batch_and_ends_with_the_loader(tmp_path):
@@ -407,8 +407,11 @@ def test_the_thread_starts_with_the_first_batch_and_ends_with_the_loader(tmp_pat
     loader.close()
     assert len(prefetch_threads()) == before
     loader.get_batch()
+    forgotten = prefetch_threads()
     del loader
     gc.collect()
+    for thread in forgotten:  # it notices by itself
+        thread.join(timeout=900)
     assert len(prefetch_threads()) == before
 
 
