@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import random
 import shutil
 import subprocess
@@ -56,11 +57,15 @@ def measure(rounds: int, copies: int, workers: int) -> dict[str, Any]:
         folder = Path(name)
         corpus = gather_stdlib_corpus(folder / "corpus")
         tokenizer_path = folder / "bpe.json"
-        train_tokenizer([corpus.path], tokenizer_path)
-        with open(corpus.path, encoding="utf-8") as file:
-            texts = [json.loads(line)["text"] for line in file]
+        train_tokenizer([corpus], tokenizer_path)
+        texts = [json.loads(line)["text"] for line in corpus.read_text(encoding="utf-8").splitlines()]
+        size = sum(len(text.encode()) for text in texts)
         results: dict[str, Any] = {
-            "data": {"source": corpus.source, "bytes": corpus.bytes * copies, "documents": len(texts) * copies},
+            "data": {
+                "source": f"CPython {platform.python_version()}'s standard library",
+                "bytes": size * copies,
+                "documents": len(texts) * copies,
+            },
             "workers": workers,
             "tiktoken": version("tiktoken"),
             "speed": {},

@@ -92,25 +92,20 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
 def config_from(arguments: argparse.Namespace) -> TrainingConfig:
     """The configuration that parsed arguments describe. Raises UserError with everything that is wrong."""
     given = {name: value for name, value in vars(arguments).items() if name in TrainingConfig.model_fields}
-    overrides = {
-        name: value if isinstance(value, list) else _from_text(value, TrainingConfig.model_fields[name].annotation)
-        for name, value in given.items()
-    }
-    return load_config(arguments.config, overrides)
+    return load_config(arguments.config, {name: value_of(name, value) for name, value in given.items()})
 
 
-def _from_text(text: str, annotation: Any) -> Any:
-    """What a word on the command line means for a field; numbers stay text, the field's own check reads them."""
-    choices = choices_of(annotation)
-    lowered = text.strip().lower()
-    if lowered in ("null", "none") and type(None) in get_args(annotation) and "none" not in choices:
+def value_of(name: str, text: Any) -> Any:
+    """What a word on the command line means for a field; most stay text, which the field's own check reads."""
+    field = TrainingConfig.model_fields.get(name)
+    if field is None or isinstance(text, list):
+        return text
+    kinds, lowered = {field.annotation, *get_args(field.annotation)}, text.strip().lower()
+    if any(get_origin(kind) is list for kind in kinds):
+        return [text]
+    if lowered in ("null", "none") and type(None) in kinds and "none" not in choices_of(field.annotation):
         return None
-    if bool in (annotation, *get_args(annotation)) and lowered in _BOOLEANS:
-        return _BOOLEANS[lowered]
-    for choice in choices:
-        if lowered == str(choice).lower():
-            return choice
-    return text
+    return _BOOLEANS.get(lowered, text) if bool in kinds else text
 
 
 def _kind(annotation: Any) -> str:

@@ -15,7 +15,7 @@ from dsllama.errors import EXIT_USER_ERROR, UserError
 from dsllama.paths import parse_path, parse_text
 from dsllama.sizes import parse_count
 
-Verb = Callable[[argparse.Namespace], int]
+Verb = Callable[..., int]
 _CHECKPOINT = "a checkpoint, or a folder of them (the newest)"
 
 
@@ -23,8 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns its exit code (2 for a mistake of the user's, said on one screen)."""
     console.settle()
     try:
-        options = _parser().parse_args(sys.argv[1:] if argv is None else argv)
-        return options.verb(options)
+        options = vars(_parser().parse_args(sys.argv[1:] if argv is None else argv))
+        return options.pop("verb")(**options)
     except UserError as error:
         print(error, file=sys.stderr)
         return EXIT_USER_ERROR
@@ -34,8 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> Parser:
+    """Every verb with its options, each called like the parameter that it becomes."""
     parser = Parser(prog="dsllama", description="Pretraining of Llama-style models with DeepSpeed.")
-    parser.add_argument("--version", action=_Versions, nargs=0, help="show what is installed, and exit")
+    parser.add_argument(
+        "--version", action=_Versions, nargs=0, default=argparse.SUPPRESS, help="show what is installed, and exit"
+    )
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
     def add(name: str, verb: Verb, text: str) -> argparse.ArgumentParser:
@@ -43,8 +46,16 @@ def _parser() -> Parser:
         sub.set_defaults(verb=verb)
         return sub
 
+    def add_texts(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "inputs", type=_path, nargs="+", help="files or folders: .txt .jsonl .ndjson(.gz .zst) .parquet"
+        )
+        sub.add_argument("--text_field", default="text", help="field or column that holds the text")
+        sub.add_argument("--on_error", choices=("stop", "skip"), default="stop", help="what to do with bad input")
+        sub.add_argument("--overwrite", action="store_true", help="replace what an earlier call wrote")
+
     sub = add("quickstart", _quickstart, "from the standard library's text to a trained small Llama, in minutes")
-    sub.add_argument("--dir", type=_path, default=Path("runs/quickstart"), help="where everything goes")
+    sub.add_argument("--dir", dest="folder", type=_path, default=Path("runs/quickstart"), help="where everything goes")
     sub.add_argument("--fresh", action="store_true", help="start the training anew; the earlier run is moved aside")
     sub.add_argument("--ranks", type=int, default=None, help="processes (default: GPUs, or 2 on a CPU with 2 cores)")
     sub.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help="settings of the run, such as n_layers=6")
@@ -53,22 +64,16 @@ def _parser() -> Parser:
     sub.add_argument("--out", type=_path, required=True, help="folder to write")
 
     sub = add("tokenizer", _tokenizer, "train a byte-level BPE tokenizer on raw text")
-    sub.add_argument("inputs", type=_path, nargs="+", help="files or folders: .txt .jsonl(.gz .zst) .parquet")
+    add_texts(sub)
     sub.add_argument("--out", type=_path, required=True, help="JSON file to write")
     sub.add_argument("--vocab_size", type=_count, default=8192, help="tokens, special ones included")
-    sub.add_argument("--text_field", default="text", help="field or column that holds the text")
-    sub.add_argument("--on_error", choices=("stop", "skip"), default="stop", help="what to do with bad input")
-    sub.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
     sub = add("encode", _encode, "turn raw text into .npy token shards")
-    sub.add_argument("inputs", type=_path, nargs="+", help="files or folders: .txt .jsonl(.gz .zst) .parquet")
-    sub.add_argument("--tokenizer", type=_path, required=True, help="the tokenizer's JSON file")
-    sub.add_argument("--out", type=_path, required=True, help="folder for the shards")
+    add_texts(sub)
+    sub.add_argument("--tokenizer", dest="tokenizer_path", type=_path, required=True, help="the tokenizer's JSON file")
+    sub.add_argument("--out", dest="out_dir", type=_path, required=True, help="folder for the shards")
     sub.add_argument("--workers", type=int, default=None, help="processes (default: one per core)")
     sub.add_argument("--shard_tokens", type=_count, default=100_000_000, help="tokens per shard")
-    sub.add_argument("--text_field", default="text", help="field or column that holds the text")
-    sub.add_argument("--on_error", choices=("stop", "skip"), default="stop", help="what to do with bad input")
-    sub.add_argument("--overwrite", action="store_true", help="replace a finished data set")
 
     sub = add("config", _config, "check a configuration; print it, what follows from it, and the DeepSpeed JSON")
     sub.add_argument("--world_size", type=_count, default=1, help="ranks over all hosts")
@@ -76,7 +81,7 @@ def _parser() -> Parser:
     arguments.add_config_options(sub)
 
     sub = add("plot-schedule", _plot_schedule, "draw the three learning-rate schedules")
-    sub.add_argument("--out", type=_path, default=Path("schedules.png"), help="PNG file to write")
+    sub.add_argument("--out", dest="path", type=_path, default=Path("schedules.png"), help="PNG file to write")
     sub.add_argument("--training_steps", type=_count, default=100_000, help="updates")
     sub.add_argument("--warmup_steps", type=_count, default=1_000, help="updates of warmup")
     sub.add_argument("--max_lr", type=float, default=1e-3, help="rate after warmup")
@@ -84,21 +89,18 @@ def _parser() -> Parser:
 
     sub = add("generate", _generate, "continue a prompt with any checkpoint")
     sub.add_argument("--checkpoint", type=_path, required=True, help=_CHECKPOINT)
-    sub.add_argument("--prompt", type=_text, required=True, help="text to continue")
+    sub.add_argument("--prompt", dest="text", type=_text, required=True, help="text to continue")
     sub.add_argument("--max_new_tokens", type=_count, default=128, help="longest continuation")
     sub.add_argument("--temperature", type=float, default=0.8, help="0 for greedy")
     sub.add_argument("--top_p", type=float, default=0.95, help="nucleus")
-    sub.add_argument(
-        "--seed", type=_count, default=None, help="for the same text again (default: another one each time)"
-    )
+    sub.add_argument("--seed", type=_count, help="for the same text again (default: another one each time)")
 
     sub = add("export", _export, "write a checkpoint in the Hugging Face layout")
     sub.add_argument("--checkpoint", type=_path, required=True, help=_CHECKPOINT)
     sub.add_argument("--out", type=_path, required=True, help="folder to write")
-    sub.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="type of the weights"
-    )
-    sub.add_argument("--overwrite", action="store_true", help="replace an existing folder")
+    types = ("float32", "bfloat16", "float16")
+    sub.add_argument("--dtype", choices=types, default="float32", help="type of the weights")
+    sub.add_argument("--overwrite", action="store_true", help="replace what an earlier export wrote")
     return parser
 
 
@@ -129,58 +131,45 @@ def _read(parse: Callable[[str], Any], text: str) -> Any:
         raise argparse.ArgumentTypeError(f"{text!r} {error}") from None
 
 
-def _quickstart(options: argparse.Namespace) -> int:
+# Each verb imports what it needs: torch takes seconds, which a mistake, or `--help`, should not cost.
+
+
+def _quickstart(**options: Any) -> int:
     from dsllama.quickstart import quickstart
 
-    return quickstart(options.dir, fresh=options.fresh, ranks=options.ranks, overrides=options.overrides)
+    return quickstart(**options)
 
 
-def _corpus(options: argparse.Namespace) -> int:
+def _corpus(out: Path) -> int:
     from dsllama.data.corpus import gather_stdlib_corpus
 
-    print(gather_stdlib_corpus(options.out))
+    print(gather_stdlib_corpus(out))
     return 0
 
 
-def _tokenizer(options: argparse.Namespace) -> int:
+def _tokenizer(out: Path, vocab_size: int, **options: Any) -> int:
     from dsllama.data.tokenizer import train_tokenizer
 
-    tokenizer = train_tokenizer(
-        options.inputs,
-        options.out,
-        vocab_size=options.vocab_size,
-        text_field=options.text_field,
-        on_error=options.on_error,
-        overwrite=options.overwrite,
-    )
-    print(f"{options.out}: {tokenizer.vocab_size:,} tokens")
-    if tokenizer.vocab_size < options.vocab_size:
-        print(f"the text gave no more merges than that ({options.vocab_size:,} were asked for)")
+    tokenizer = train_tokenizer(out=out, vocab_size=vocab_size, **options)
+    print(f"{out}: {tokenizer.vocab_size:,} tokens")
+    if tokenizer.vocab_size < vocab_size:
+        print(f"the text gave no more merges than that ({vocab_size:,} were asked for)")
     return 0
 
 
-def _encode(options: argparse.Namespace) -> int:
+def _encode(out_dir: Path, **options: Any) -> int:
     from dsllama.data.encode import encode
 
-    manifest = encode(
-        options.inputs,
-        options.tokenizer,
-        options.out,
-        workers=options.workers,
-        shard_tokens=options.shard_tokens,
-        text_field=options.text_field,
-        on_error=options.on_error,
-        overwrite=options.overwrite,
-    )
+    manifest = encode(out_dir=out_dir, **options)
     skipped = "".join(f", {count:,} skipped ({kind})" for kind, count in manifest.skipped.items() if count)
     print(
-        f"{options.out}: {manifest.tokens:,} tokens of {manifest.documents:,} documents in "
+        f"{out_dir}: {manifest.tokens:,} tokens of {manifest.documents:,} documents in "
         f"{len(manifest.shards)} shards of {manifest.dtype}{skipped}"
     )
     return 0
 
 
-def _config(options: argparse.Namespace) -> int:
+def _config(world_size: int, only: str, **fields: Any) -> int:
     import yaml
 
     from dsllama.data.tokenizer import Tokenizer
@@ -188,7 +177,7 @@ def _config(options: argparse.Namespace) -> int:
     from dsllama.derived import DEFAULT_VOCABULARY, derive
     from dsllama.training.engine import accelerator
 
-    config = arguments.config_from(options)
+    config = arguments.config_from(argparse.Namespace(**fields))
     note = []
     if config.vocab_size is not None:
         vocab_size = config.vocab_size
@@ -197,46 +186,36 @@ def _config(options: argparse.Namespace) -> int:
     else:
         vocab_size = DEFAULT_VOCABULARY
         note = [f"             the vocabulary is assumed: there is no {config.tokenizer_path} yet"]
-    derived = derive(config, options.world_size, vocab_size)
+    derived = derive(config, world_size, vocab_size)
     ds_json = deepspeed_config(config, derived, accelerator())
-    if options.only == "all":
+    if only == "all":
         model, *rest = derived.lines(config)
         print("\n".join([model, *note, *rest, *engine_lines(config, ds_json)]) + "\n")
-    if options.only != "deepspeed":
+    if only != "deepspeed":
         print(yaml.safe_dump(config.to_dict(), sort_keys=False))
-    if options.only != "config":
+    if only != "config":
         print(json.dumps(ds_json, indent=1))
     return 0
 
 
-def _plot_schedule(options: argparse.Namespace) -> int:
+def _plot_schedule(**options: Any) -> int:
     from dsllama.training.reporting import plot_schedules
 
-    print(plot_schedules(options.out, options.training_steps, options.warmup_steps, options.max_lr, options.min_lr))
+    print(plot_schedules(**options))
     return 0
 
 
-def _generate(options: argparse.Namespace) -> int:
+def _generate(checkpoint: Path, **options: Any) -> int:
     from dsllama.inference import load_model
 
-    model = load_model(options.checkpoint)
-    print(
-        model.generate(
-            options.prompt,
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            top_p=options.top_p,
-            seed=options.seed,
-        )
-    )
+    print(load_model(checkpoint).generate(**options))
     return 0
 
 
-def _export(options: argparse.Namespace) -> int:
+def _export(**options: Any) -> int:
     from dsllama.inference import export_checkpoint
 
-    path = export_checkpoint(options.checkpoint, options.out, dtype=options.dtype, overwrite=options.overwrite)
-    print(f"{path}: load it with transformers' AutoModelForCausalLM and AutoTokenizer")
+    print(f"{export_checkpoint(**options)}: load it with transformers' AutoModelForCausalLM and AutoTokenizer")
     return 0
 
 

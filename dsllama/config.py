@@ -53,7 +53,7 @@ def _parse_load(value: Any) -> Any:
 class TrainingConfig(BaseModel):
     """All settings of one pretraining run. Raises UserError with every problem at once."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(strict=True, frozen=True, use_attribute_docstrings=True)
 
     # --- Paths ---
     dataset_dir: PathText = "dataset"

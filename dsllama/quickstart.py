@@ -21,6 +21,7 @@ import psutil
 import torch
 import yaml
 
+from dsllama.arguments import value_of
 from dsllama.config import TrainingConfig, load_config, read_settings
 from dsllama.data.corpus import gather_stdlib_corpus
 from dsllama.data.encode import encode
@@ -47,7 +48,7 @@ def quickstart(folder: Path, fresh: bool = False, ranks: int | None = None, over
     config = _configuration(folder, overrides or [])
     _say(f"everything goes to {folder}/")
     corpus = gather_stdlib_corpus(folder / "corpus")
-    _say(f"corpus       {corpus}")
+    _say(f"corpus       {corpus}: the text of this Python's standard library (PSF licence)")
     _make_data(folder, config)
     if fresh:
         _set_aside(folder)
@@ -140,10 +141,7 @@ def _configuration(folder: Path, overrides: list[str]) -> TrainingConfig:
         name, equals, value = text.partition("=")
         if not equals:
             raise UserError(Problem(text, "must be FIELD=VALUE", "for example n_layers=6"))
-        try:
-            changes[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UserError(Problem(name, "has a value that is not YAML", "put it in quotes", value)) from None
+        changes[name] = value_of(name, value)
     return load_config(None, {**read_settings(_READY_CONFIGURATION), **paths, **changes})
 
 

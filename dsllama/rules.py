@@ -104,33 +104,6 @@ def _warmup_ends(c: TrainingConfig) -> Iterator[Problem]:
         )
 
 
-@_rule("zero_stage", "offload_optimizer")
-def _optimizer_offload_needs_zero(c: TrainingConfig) -> Iterator[Problem]:
-    if c.zero_stage == 0 and c.offload_optimizer in ("cpu", "nvme"):
-        yield Problem("offload_optimizer", "needs ZeRO", "use zero_stage 1, 2 or 3", c.offload_optimizer)
-    if c.zero_stage in (1, 2) and c.offload_optimizer == "nvme":
-        yield Problem(
-            "offload_optimizer",
-            f"to nvme needs zero_stage 3, not {c.zero_stage}",
-            "use zero_stage 3, or offload_optimizer cpu",
-            c.offload_optimizer,
-        )
-
-
-@_rule("zero_stage", "offload_params")
-def _parameter_offload_needs_zero_3(c: TrainingConfig) -> Iterator[Problem]:
-    if c.offload_params in ("cpu", "nvme") and c.zero_stage in (0, 1, 2):
-        yield Problem("offload_params", f"needs zero_stage 3, not {c.zero_stage}", "use zero_stage 3", c.offload_params)
-
-
-@_rule("offload_optimizer", "offload_params", "nvme_path", "deepspeed_overlay")
-def _nvme_needs_a_path(c: TrainingConfig) -> Iterator[Problem]:
-    if "nvme" in (c.offload_optimizer, c.offload_params) and c.nvme_path is None and c.deepspeed_overlay is None:
-        yield Problem(
-            "nvme_path", "must name a folder when something is offloaded to nvme", "use --nvme_path /local/nvme"
-        )
-
-
 @_rule("load_ckpt")
 def _resume_names_something(c: TrainingConfig) -> Iterator[Problem]:
     if isinstance(c.load_ckpt, str) and not c.load_ckpt.strip():

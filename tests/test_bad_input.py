@@ -172,7 +172,7 @@ TRAINING: dict[str, tuple[Prepare, list[str]]] = {
     "kv heads do not divide": (some(n_kv_heads=3), ["n_kv_heads", "divide n_heads = 4", "2 or 4"]),
     "min above max": (some(min_lr=0.1), ["min_lr", "not be above max_lr"]),
     "warmup as long as the run": (some(warmup_iterations=20), ["warmup_iterations", "below the 20 updates", "use 1"]),
-    "offload without zero": (some(zero_stage=0, offload_optimizer="cpu"), ["offload_optimizer", "needs ZeRO"]),
+    "offload without zero": (some(zero_stage=0, offload_optimizer="cpu"), ["offload_optimizer", "needs zero_stage 1"]),
     "parameters off at stage 2": (some(zero_stage=2, offload_params="cpu"), ["offload_params", "zero_stage 3"]),
     "nvme at stage 2": (some(zero_stage=2, offload_optimizer="nvme", nvme_path="/n"), ["zero_stage 3"]),
     "nvme nowhere": (some(zero_stage=3, offload_optimizer="nvme"), ["nvme_path", "must name a folder"]),

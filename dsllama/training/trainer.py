@@ -119,22 +119,20 @@ class Trainer:
         peak = self.config.peak_tflops or peak_tflops(world.device)
         self.peak_flops = peak * 1e12 * world.size if peak else None
         self.report: Report | None = None
+        self.learning_rate = 0.0
 
     # ------------------------------------------------------------ the loop
 
     def run(self) -> Outcome:
         """Train until training_tokens are reached or somebody asks to stop."""
         config, updates = self.config, self.derived.updates
+        loss, stopped_by, save_is_due = math.nan, "", False
         with self._reporting():
-            self.started = self.lap = time.perf_counter()
-            self.idle = 0.0
-            self.lap_update = self.update
-            loss = math.nan
-            stopped_by = ""
-            save_is_due = False
+            self.clock = Stopwatch()
             while self.update < updates and not stopped_by:
                 self.update += 1
                 self.scheduler.step(self.update)
+                # The rate of this update: at its end DeepSpeed sets the next one.
                 self.learning_rate = self.scheduler.get_current_lr()
                 loss, norm, somebody_stops = self.train_one_update()
                 self._insist_on_finite(loss, norm)
@@ -151,17 +149,15 @@ class Trainer:
                 if stopped_by or self.update == updates or (save_is_due and not self.streak.skipped):
                     self._save(loss)
                     save_is_due = False
-            seconds = time.perf_counter() - self.started
-        trained = (self.update - self.first_update + 1) * config.tokens_per_update
         return Outcome(
-            self.update,
-            self.tokens,
-            loss,
-            trained / max(seconds - self.idle, 1e-9),
-            seconds,
-            self.last_checkpoint,
-            stopped_by if self.update < updates else "",
-            self.skips.count - self.skips_before.count,
+            update=self.update,
+            tokens=self.tokens,
+            last_loss=loss,
+            tokens_per_second=self._tokens_here / max(self.clock.training_seconds, 1e-9),
+            seconds=self.clock.seconds,
+            checkpoint=self.last_checkpoint,
+            stopped_by=stopped_by if self.update < updates else "",
+            skipped=self.skips.count - self.skips_before.count,
         )
 
     def train_one_update(self) -> tuple[float, float | None, bool]:
@@ -194,6 +190,11 @@ class Trainer:
         """Tokens trained on so far, over all ranks and runs."""
         return self.update * self.config.tokens_per_update
 
+    @property
+    def _tokens_here(self) -> int:
+        """Those of this process and its ranks."""
+        return (self.update - self.first_update + 1) * self.config.tokens_per_update
+
     # ------------------------------------------------------------ when
 
     def _every(self, interval: int) -> bool:
@@ -210,14 +211,11 @@ class Trainer:
     # ------------------------------------------------------------ what
 
     def _log(self, loss: float, norm: float | None, validation: float | None) -> None:
-        now = time.perf_counter()
-        rate = (self.update - self.lap_update) * self.config.tokens_per_update / (now - self.lap)
-        self.lap, self.lap_update = now, self.update
+        rate = self.clock.rate(self._tokens_here)
         memory = peak_memory_gib(self.world.device)
         if self.report is None:
             return
-        elapsed = now - self.started
-        done = self.update - self.first_update + 1
+        elapsed, done = self.clock.seconds, self.update - self.first_update + 1
         flops = rate * self.derived.flops_per_token
         row = Row(
             step=self.update,
@@ -226,7 +224,7 @@ class Trainer:
             perplexity=perplexity(loss),
             learning_rate=self.learning_rate,
             grad_norm=norm,
-            tokens_run=done * self.config.tokens_per_update,
+            tokens_run=self._tokens_here,
             tokens_total=self.tokens,
             tokens_per_second=rate,
             time=elapsed,
@@ -242,7 +240,7 @@ class Trainer:
         """Mean loss over the whole held-out part, over all ranks."""
         assert self.job.validation is not None
         sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
-        with self._outside_the_clock():
+        with self.clock.paused():
             self.engine.eval()
             for x, y in self.job.validation.validation_batches():
                 sums[0] += self.engine(x, y) * y.numel()
@@ -254,7 +252,7 @@ class Trainer:
     def _sample(self) -> None:
         """Generate from each prompt. On every rank, since under ZeRO-3 each holds a part of the weights."""
         partitioned = self.world.size > 1 and self.job.topology["zero_stage"] == 3
-        with self._outside_the_clock():
+        with self.clock.paused():
             texts = [
                 self.engine.module.generate(
                     prompt,
@@ -292,7 +290,7 @@ class Trainer:
         }
         # The tokenizer that the run began with: the file may have been moved, or trained anew, since.
         attachments = {**run_files(self.job), "tokenizer.json": self.job.tokenizer.content}
-        with self._outside_the_clock() as clock:
+        with self.clock.paused() as clock:
             try:
                 self.last_checkpoint = checkpoints.save(
                     Path(config.ckpt_dir), self.world, self.engine, self.update, manifest, attachments
@@ -303,7 +301,7 @@ class Trainer:
                 ) from None
         if self.report is not None:
             size = sum(entry["bytes"] for entry in self.last_checkpoint.manifest["files"].values())
-            with self._outside_the_clock():
+            with self.clock.paused():
                 self.report.plot()
             print(f"saved {self.last_checkpoint.path} ({size / 2**20:.0f} MiB in {clock.seconds:.1f} s)", flush=True)
 
@@ -397,20 +395,37 @@ class Trainer:
             if self.report is not None:
                 self.report.close()
 
+
+class Stopwatch:
+    """Tells how long this process has trained, without what is not training (evaluations, samples, checkpoints)."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._idle = 0.0
+        self._lap_seconds, self._lap_tokens = 0.0, 0
+
+    @property
+    def seconds(self) -> float:
+        """All of it."""
+        return time.perf_counter() - self._started
+
+    @property
+    def training_seconds(self) -> float:
+        return self.seconds - self._idle
+
+    def rate(self, tokens: int) -> float:
+        """Tokens per second of training since the last call; `tokens` are counted from the start."""
+        seconds = self.training_seconds
+        rate = (tokens - self._lap_tokens) / max(seconds - self._lap_seconds, 1e-9)
+        self._lap_seconds, self._lap_tokens = seconds, tokens
+        return rate
+
     @contextlib.contextmanager
-    def _outside_the_clock(self) -> Iterator[_Clock]:
-        """Keep what is not training out of the tokens per second."""
-        clock = _Clock()
-        begun = time.perf_counter()
-        yield clock
-        clock.seconds = time.perf_counter() - begun
-        self.lap += clock.seconds
-        self.idle += clock.seconds
-
-
-@dataclass
-class _Clock:
-    seconds: float = 0.0
+    def paused(self) -> Iterator[Stopwatch]:
+        """Keep what happens within out of `training_seconds`; gives a watch of its own for it."""
+        watch = Stopwatch()
+        yield watch
+        self._idle += watch.seconds
 
 
 def is_sample_update(update: int, config: TrainingConfig) -> bool:

@@ -27,6 +27,7 @@ from dsllama.data.tokenizer import SPECIAL_TOKENS, Tokenizer, train_tokenizer
 from dsllama.data.unpacking import BLOCK_BYTES
 from dsllama.data.workers import WorkerDied, WorkerPool
 from dsllama.errors import UserError
+from tests.conftest import PATIENCE
 
 WORDS = [
     "the",
@@ -342,7 +343,7 @@ encode([sys.argv[1]], sys.argv[2], sys.argv[3], workers=int(sys.argv[4]), shard_
 def corpus(tmp_path_factory):
     """Five megabytes of real text, a second or more of work; and what it gives when nothing interrupts it."""
     folder = tmp_path_factory.mktemp("corpus")
-    gathered = Path(gather_stdlib_corpus(folder / "all").path).read_bytes()
+    gathered = gather_stdlib_corpus(folder / "all").read_bytes()
     (folder / "text").mkdir()
     half = gathered[: gathered.index(b"\n", 5 * 2**20) + 1]
     (folder / "text" / "half.jsonl").write_bytes(half + b'{bad\n{"text": ""}\n')
@@ -379,12 +380,12 @@ def test_an_encoding_that_was_stopped_goes_on_to_the_same_bytes(number, shards, 
         workers = psutil.Process(process.pid).children()
         assert len(workers) == 2
         process.send_signal(number)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=PATIENCE)
         assert process.returncode == -number
         assert not Manifest.load(folder / out)
         if number == signal.SIGINT:
             assert "run the same command again" in errors
-        gone, alive = psutil.wait_procs(workers, timeout=20)
+        gone, alive = psutil.wait_procs(workers, timeout=PATIENCE)
         assert (len(gone), alive) == (2, [])
         now = json.loads((folder / out / "encode.journal").read_text())["shards"]
         assert len(now) >= count - 1  # a shard may have its name already, and not yet be noted
@@ -432,7 +433,7 @@ def test_a_worker_that_is_killed_is_an_error_that_says_so_and_the_next_run_goes_
     folder, script = corpus
     process = _start(corpus, "worker_killed", 2, 1)
     psutil.Process(process.pid).children()[0].kill()
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
     assert "UserError: cannot encode: workers: a worker process was killed (SIGKILL)" in errors
     assert "memory ran out" in errors
@@ -566,5 +567,5 @@ def test_encoding_works_from_a_thread(tokenizer, tmp_path):
     arguments = ([tmp_path / "a.txt"], tokenizer.path, tmp_path / "out")
     thread = threading.Thread(target=_quiet, args=arguments)
     thread.start()
-    thread.join(timeout=60)
+    thread.join(timeout=PATIENCE)
     assert _ids(tmp_path / "out") == [0, *tokenizer.encode("fox"), 1]

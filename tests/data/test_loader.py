@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from dsllama.data.loader import IGNORE_INDEX, DatasetLoader
 from dsllama.errors import UserError
+from tests.conftest import PATIENCE
 
 Row = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -411,7 +412,7 @@ def test_the_thread_starts_with_the_first_batch_and_ends_with_the_loader(tmp_pat
     del loader
     gc.collect()
     for thread in forgotten:  # it notices by itself
-        thread.join(timeout=900)
+        thread.join(timeout=PATIENCE)
     assert len(prefetch_threads()) == before
 
 
@@ -425,7 +426,7 @@ for _ in range(3):
     loader.get_batch()
 {ending}
 """
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE)
     assert (result.returncode, result.stdout) == (0, "")
     assert "Error" not in result.stderr
     assert "Exception" not in result.stderr
