@@ -31,9 +31,9 @@ import numpy as np
 import psutil
 
 from benchmarks.machine import save
-from dsllama.data.bulk import BulkEncoder
 from dsllama.data.corpus import gather_stdlib_corpus
 from dsllama.data.encode import encode
+from dsllama.data.fast_bpe import FastEncoder
 from dsllama.data.manifest import Manifest
 from dsllama.data.tokenizer import Tokenizer, train_tokenizer
 
@@ -137,7 +137,7 @@ def _without_tiktoken(tokenizer_path: Path, other: Path) -> Path:
     content = json.loads(tokenizer_path.read_text(encoding="utf-8"))
     content["model"]["ignore_merges"] = True
     other.write_text(json.dumps(content), encoding="utf-8")
-    assert BulkEncoder(Tokenizer.load(other)).slow_because
+    assert FastEncoder(Tokenizer.load(other)).slow_because
     return other
 
 

@@ -98,10 +98,10 @@ def main() -> None:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.out is not None:
-        from dsllama.training.run import leave
+        from dsllama.training.run import exit_process
 
         in_a_rank(options.out, options.rounds)
-        leave(0)
+        exit_process(0)
     launcher = Path(sys.executable).with_name("deepspeed")
     with tempfile.TemporaryDirectory() as place:
         out = Path(place) / "sums.json"

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from dsllama import optimizer
 from dsllama.config import TrainingConfig
 from dsllama.derived import Derived
 from dsllama.errors import Problem, UserError
@@ -119,7 +120,7 @@ def _binding(config: TrainingConfig, derived: Derived, zero: ZeroSettings) -> Js
         "train_batch_size": derived.sequences_per_update,
         "train_micro_batch_size_per_gpu": config.batch_size,
         "gradient_accumulation_steps": derived.gradient_accumulation_steps,
-        "optimizer": {"type": "AdamW", "params": _adamw(config, zero)},
+        "optimizer": optimizer.optimizer_json(config, zero.offload_optimizer),
         "scheduler": {
             "type": DEEPSPEED_NAME,
             "params": {
@@ -161,19 +162,6 @@ _FIXED_BECAUSE = {
     "prescale_gradients": "sums over ranks are fp32, which needs no scaling beforehand",
     "gradient_predivide_factor": "sums over ranks are fp32, which needs no scaling beforehand",
 }
-
-
-def _adamw(config: TrainingConfig, zero: ZeroSettings) -> Json:
-    parameters: Json = {
-        "lr": config.max_lr,
-        "betas": [config.beta1, config.beta2],
-        "eps": config.adam_eps,
-        "weight_decay": config.weight_decay,
-    }
-    if zero.offload_optimizer == "none":
-        # torch's fused AdamW needs no compiler at start, on CPU or CUDA; offload takes DeepSpeedCPUAdam.
-        parameters |= {"torch_adam": True, "fused": True}
-    return parameters
 
 
 def _recommended(derived: Derived, zero: ZeroSettings, accelerator: str) -> Json:
@@ -273,7 +261,7 @@ _ORIGINS = {
     "train_batch_size": "tokens_per_update / max_seq_len",
     "train_micro_batch_size_per_gpu": "batch_size",
     "gradient_accumulation_steps": "tokens_per_update / (batch_size x max_seq_len x ranks)",
-    "optimizer": "max_lr, beta1, beta2, adam_eps, weight_decay",
+    "optimizer": optimizer.FIELDS,
     "scheduler": "schedule, max_lr, min_lr, warmup_iterations, training_tokens",
     "bf16": "precision",
     "fp16": "precision",

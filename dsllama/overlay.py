@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
+from dsllama import optimizer
 from dsllama.config import TrainingConfig, plain, read_settings
 from dsllama.errors import Problem, UserError, did_you_mean
 
@@ -142,14 +143,7 @@ def _known_keys() -> Json:
         **_each("communication_data_type seq_parallel_communication_data_type", _Type),
         "gradient_allreduce_op": str,
         "log_level": _Level,
-        "optimizer": {
-            "type": str,
-            "params": {
-                **_each("lr eps weight_decay", _NotNegative),
-                "betas": list[float],
-                **_each("torch_adam fused", bool),
-            },
-        },
+        "optimizer": optimizer.KEYS,
         "scheduler": {
             "type": str,
             "params": {

@@ -2,7 +2,7 @@
 
 import sys
 
-from dsllama.training.run import leave, main
+from dsllama.training.run import exit_process, main
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    exit_process(main(sys.argv[1:]))

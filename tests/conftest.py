@@ -186,7 +186,7 @@ class Run:
             return list(csv.DictReader(file))
 
     def losses(self) -> dict[int, float]:
-        return {int(row["step"]): float(row["loss"]) for row in self.rows()}
+        return {int(row["update"]): float(row["loss"]) for row in self.rows()}
 
     def checkpoint(self, update: int) -> Path:
         return self.folder / "checkpoints" / f"update_{update:07d}"

@@ -130,7 +130,7 @@ def _ended(folder: Path, number: int, ranks: int) -> Ended:
 
 
 def _work(folder: Path) -> None:
-    from dsllama.training.run import leave
+    from dsllama.training.run import exit_process
 
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     for number, piece in enumerate(json.loads((folder / "work.json").read_text(encoding="utf-8"))):
@@ -141,10 +141,10 @@ def _work(folder: Path) -> None:
             except Exception:
                 traceback.print_exc()
                 if ranks > 1:
-                    leave(1)
+                    exit_process(1)
                 code, value = 1, None
         Path(f"{place}.json").write_text(json.dumps({"code": code, "value": value}), encoding="utf-8")
-    leave(0)
+    exit_process(0)
 
 
 def _do(piece: dict[str, Any]) -> tuple[int, Any]:

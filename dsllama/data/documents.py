@@ -4,7 +4,7 @@
 
 Cutting files into blocks is cheap and done by one process, in order; reading the documents out of a block is the
 work, and any process can do it (see encode.py). Neither depends on how many processes there are. A document larger
-than a block passes in pieces (see pieces.py), of which the first `starts` it and the last `ends` it.
+than a block passes in chunks (see chunks.py), of which the first `starts` it and the last `ends` it.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dsllama.data import unpacking
-from dsllama.data.pieces import PIECE_CHARACTERS, pieces_of_file, pieces_of_text, utf8_error
-from dsllama.data.unpacking import BLOCK_BYTES, DamagedFile, LineTooLong, NoSuchColumn
+from dsllama.data import readers
+from dsllama.data.chunks import CHUNK_CHARACTERS, chunks_of_file, chunks_of_text, utf8_error
+from dsllama.data.readers import BLOCK_BYTES, DamagedFile, LineTooLong, NoSuchColumn
 from dsllama.errors import Problem, UserError, did_you_mean, remedy_for
 
 logger = logging.getLogger("dsllama")
@@ -45,7 +45,7 @@ _HARMLESS = ("empty document", "empty file")
 
 
 class Document(NamedTuple):
-    """A document, or a piece of a large one. line: where it begins in `file`, from 1; in parquet, the row."""
+    """A document, or a chunk of a large one. line: where it begins in `file`, from 1; in parquet, the row."""
 
     file: str
     line: int
@@ -54,14 +54,14 @@ class Document(NamedTuple):
     ends: bool = True
 
 
-class Flaw(NamedTuple):
+class BadRecord(NamedTuple):
     """Something that gave no document. kind: a few words to count it by, such as "bad JSON"."""
 
     kind: str
     problem: Problem
 
 
-class Place(NamedTuple):
+class Cursor(NamedTuple):
     """A place in the input, from which `blocks` can go on: so many files, and blocks of the next one, are done."""
 
     file: int = 0
@@ -73,17 +73,17 @@ class Read:
     """What a block held, in order."""
 
     documents: list[Document] = field(default_factory=list)
-    flaws: list[Flaw] = field(default_factory=list)
+    bad_records: list[BadRecord] = field(default_factory=list)
 
     @property
     def problems(self) -> list[Problem]:
         """What a user has to mend; not what is merely empty."""
-        return [flaw.problem for flaw in self.flaws if flaw.kind not in _HARMLESS]
+        return [bad.problem for bad in self.bad_records if bad.kind not in _HARMLESS]
 
     @property
     def skipped(self) -> Counter[str]:
         """How much gave no document, by kind."""
-        return Counter(flaw.kind for flaw in self.flaws)
+        return Counter(bad.kind for bad in self.bad_records)
 
 
 @dataclass(frozen=True)
@@ -92,49 +92,49 @@ class Block:
 
     text_field: of the JSON objects. following: the place after it. disk_bytes: its share of the files' sizes.
     texts: whole small .txt files. lines, rows: of `file`, the first of them being number `first`. ready: read already.
-    cut: whether large texts pass in pieces.
+    cut: whether large texts pass in chunks.
     """
 
     text_field: str = "text"
-    following: Place = field(default_factory=Place)
+    following: Cursor = field(default_factory=Cursor)
     disk_bytes: int = 0
     file: str = ""
     first: int = 1
     texts: tuple[str, ...] = ()
     lines: bytes = b""
     rows: Sequence[Any] = ()
-    ready: tuple[Document | Flaw, ...] = ()
+    ready: tuple[Document | BadRecord, ...] = ()
     cut: bool = True
 
     def read(self) -> Read:
         """The documents in this block, and what was wrong. Raises nothing for bad input."""
         found = Read()
         for item in self._items():
-            if isinstance(item, Flaw):
-                found.flaws.append(item)
+            if isinstance(item, BadRecord):
+                found.bad_records.append(item)
             else:
                 found.documents.append(item)
         return found
 
-    def _items(self) -> Iterator[Document | Flaw]:
-        yield from self._pieces(self.ready)
+    def _items(self) -> Iterator[Document | BadRecord]:
+        yield from self._chunks(self.ready)
         for file in self.texts:
             yield _read_text(file)
         if self.lines:
             # The mark is no part of the text, and legal only at the very beginning of a file.
             data = self.lines.removeprefix(_BYTE_ORDER_MARK) if self.first == 1 else self.lines
             for number, line in enumerate(data.split(b"\n"), self.first):
-                yield from self._pieces(_read_line(line, self.file, number, self.text_field))
+                yield from self._chunks(_read_line(line, self.file, number, self.text_field))
         for number, value in enumerate(self.rows, self.first):
-            yield from self._pieces([_checked(value, self.file, number, f"{self.file}: row {number}", self.text_field)])
+            yield from self._chunks([_checked(value, self.file, number, f"{self.file}: row {number}", self.text_field)])
 
-    def _pieces(self, items: Iterable[Document | Flaw]) -> Iterator[Document | Flaw]:
+    def _chunks(self, items: Iterable[Document | BadRecord]) -> Iterator[Document | BadRecord]:
         for item in items:
-            if isinstance(item, Flaw) or not (self.cut and item.starts and item.ends):
+            if isinstance(item, BadRecord) or not (self.cut and item.starts and item.ends):
                 yield item
                 continue
             starts = True
-            for text, ends in pieces_of_text(item.text):
+            for text, ends in chunks_of_text(item.text):
                 yield item._replace(text=text, starts=starts, ends=ends)
                 starts = False
 
@@ -187,20 +187,20 @@ def no_documents(files: Sequence[Path], skipped: Counter[str]) -> UserError:
 
 
 def blocks(
-    files: Sequence[Path], text_field: str = "text", start: Place | None = None, cut: bool = True
+    files: Sequence[Path], text_field: str = "text", start: Cursor | None = None, cut: bool = True
 ) -> Iterator[Block]:
     """Cut the input into blocks, from a `Block.following` of an earlier call on, or from its beginning.
 
-    cut: let documents that are larger than a block pass in pieces; else each is whole, and has to fit in memory.
+    cut: let documents that are larger than a block pass in chunks; else each is whole, and has to fit in memory.
     """
-    start = start or Place()
+    start = start or Cursor()
     small: list[str] = []
     small_bytes = 0
     for number, path in enumerate(files[start.file :], start.file):
         size = path.stat().st_size if os.path.isfile(path) else 0
-        is_small = path.suffix.lower() == ".txt" and size <= PIECE_CHARACTERS
+        is_small = path.suffix.lower() == ".txt" and size <= CHUNK_CHARACTERS
         if small and (not is_small or small_bytes >= BLOCK_BYTES or len(small) >= _FILES_PER_BLOCK):
-            yield Block(text_field, Place(number), small_bytes, texts=tuple(small))
+            yield Block(text_field, Cursor(number), small_bytes, texts=tuple(small))
             small, small_bytes = [], 0
         if is_small:
             small.append(str(path))
@@ -209,16 +209,16 @@ def blocks(
         skip = start.block if number == start.file else 0
         for count, block in enumerate(_blocks_of(path, size, text_field, cut), 1):
             if count > skip:
-                yield replace(block, text_field=text_field, cut=cut, following=Place(number, count))
+                yield replace(block, text_field=text_field, cut=cut, following=Cursor(number, count))
     if small:
-        yield Block(text_field, Place(len(files)), small_bytes, texts=tuple(small))
+        yield Block(text_field, Cursor(len(files)), small_bytes, texts=tuple(small))
 
 
 def _blocks_of(path: Path, size: int, text_field: str, cut: bool) -> Iterator[Block]:
-    """The blocks of one file; what stops its reading half-way is a flaw in the last of them."""
+    """The blocks of one file; what stops its reading half-way is a bad record in the last of them."""
     name = path.name.lower()
     anything = False
-    flaw = Flaw("empty file", Problem(str(path), "is empty"))
+    bad = BadRecord("empty file", Problem(str(path), "is empty"))
     try:
         if name.endswith(".parquet"):
             found = _row_blocks(path, size, text_field)
@@ -228,20 +228,20 @@ def _blocks_of(path: Path, size: int, text_field: str, cut: bool) -> Iterator[Bl
             anything = True
             yield block
     except DamagedFile as error:
-        flaw = Flaw("damaged file", Problem(str(path), f"cannot be unpacked ({error})", "fetch it again"))
+        bad = BadRecord("damaged file", Problem(str(path), f"cannot be unpacked ({error})", "fetch it again"))
     except NoSuchColumn as error:
-        flaw = _no_field(str(path), text_field, dict.fromkeys(error.columns))
+        bad = _no_field(str(path), text_field, dict.fromkeys(error.columns))
     except OSError as error:
-        flaw = _unreadable(str(path), error)
+        bad = _unreadable(str(path), error)
     else:
         if anything:
             return
-    yield Block(ready=(flaw,))
+    yield Block(ready=(bad,))
 
 
 def _packed_text(path: Path, size: int) -> Iterator[Block]:
     """One document, which has to fit in memory: whether it is UTF-8 to its end shows only when it is unpacked."""
-    data = b"".join(unpacking.chunks(path))
+    data = b"".join(readers.unpacked(path))
     if not data:
         return
     try:
@@ -266,17 +266,17 @@ def _text_blocks(path: Path, size: int, cut: bool) -> Iterator[Block]:
         yield Block(disk_bytes=size, ready=(_not_utf8(f"{path}:{error.line}", error.byte),))
         return
     line, starts, before = 1, True, 0
-    for text, ends, position in pieces_of_file(path):
+    for text, ends, position in chunks_of_file(path):
         yield Block(disk_bytes=position - before, ready=(Document(str(path), line, text, starts, ends),))
         line, starts, before = line + text.count("\n"), False, position
 
 
 def _line_blocks(path: Path) -> Iterator[Block]:
     line, before = 1, 0
-    for data, position in unpacking.lines(path):
+    for data, position in readers.lines(path):
         if isinstance(data, LineTooLong):
             problem = Problem(f"{path}:{line}", f"is a line of more than {data.limit >> 20} MiB", _SKIP)
-            yield Block(disk_bytes=position - before, ready=(Flaw("line too long", problem),))
+            yield Block(disk_bytes=position - before, ready=(BadRecord("line too long", problem),))
             line, before = line + 1, position
         else:
             yield Block(disk_bytes=position - before, file=str(path), first=line, lines=data)
@@ -285,7 +285,7 @@ def _line_blocks(path: Path) -> Iterator[Block]:
 
 def _row_blocks(path: Path, size: int, text_field: str) -> Iterator[Block]:
     first = 1
-    for rows, total in unpacking.parquet_rows(path, text_field):
+    for rows, total in readers.parquet_rows(path, text_field):
         yield Block(disk_bytes=size * len(rows) // total, file=str(path), first=first, rows=rows)
         first += len(rows)
 
@@ -293,7 +293,7 @@ def _row_blocks(path: Path, size: int, text_field: str) -> Iterator[Block]:
 # ------------------------------------------------------------ blocks to documents
 
 
-def _read_text(file: str) -> Document | Flaw:
+def _read_text(file: str) -> Document | BadRecord:
     try:
         data = Path(file).read_bytes()
     except OSError as error:
@@ -306,7 +306,7 @@ def _read_text(file: str) -> Document | Flaw:
     return Document(file, 1, text) if text else _empty(file)
 
 
-def _read_line(line: bytes, file: str, number: int, text_field: str) -> Iterator[Document | Flaw]:
+def _read_line(line: bytes, file: str, number: int, text_field: str) -> Iterator[Document | BadRecord]:
     where = f"{file}:{number}"
     if not line or line.isspace():
         return
@@ -315,7 +315,7 @@ def _read_line(line: bytes, file: str, number: int, text_field: str) -> Iterator
     except UnicodeDecodeError as error:
         yield _not_utf8(where, error.object[error.start])
     except (ValueError, RecursionError) as error:
-        yield Flaw("bad JSON", Problem(where, f"is not JSON ({error})", _SKIP))
+        yield BadRecord("bad JSON", Problem(where, f"is not JSON ({error})", _SKIP))
     else:
         if isinstance(record, dict) and text_field in record:
             yield _checked(record[text_field], file, number, where, text_field)
@@ -323,16 +323,18 @@ def _read_line(line: bytes, file: str, number: int, text_field: str) -> Iterator
             yield _no_field(where, text_field, record)
 
 
-def _checked(value: Any, file: str, number: int, where: str, text_field: str) -> Document | Flaw:
+def _checked(value: Any, file: str, number: int, where: str, text_field: str) -> Document | BadRecord:
     if value is None:
-        return Flaw("no text", Problem(where, f"has no text: {text_field!r} is null", _SKIP))
+        return BadRecord("no text", Problem(where, f"has no text: {text_field!r} is null", _SKIP))
     if not isinstance(value, str):
         kind = type(value).__name__
-        return Flaw("no text", Problem(where, f"{text_field!r} is of type {kind}, not text", _SKIP))
+        return BadRecord("no text", Problem(where, f"{text_field!r} is of type {kind}, not text", _SKIP))
     if not value:
         return _empty(where)
     if not value.isascii() and _has_half_a_pair(value):
-        return Flaw("not UTF-8", Problem(where, f"{text_field!r} holds half a surrogate pair: no character", _SKIP))
+        return BadRecord(
+            "not UTF-8", Problem(where, f"{text_field!r} holds half a surrogate pair: no character", _SKIP)
+        )
     return Document(file, number, value)
 
 
@@ -345,24 +347,24 @@ def _has_half_a_pair(text: str) -> bool:
     return False
 
 
-def _no_field(where: str, text_field: str, record: Any) -> Flaw:
+def _no_field(where: str, text_field: str, record: Any) -> BadRecord:
     if not isinstance(record, dict):
-        return Flaw("no text", Problem(where, f"is not an object with a field {text_field!r}", _SKIP))
+        return BadRecord("no text", Problem(where, f"is not an object with a field {text_field!r}", _SKIP))
     remedy = f"name it with --text_field: {did_you_mean(text_field, record)}" if record else _SKIP
-    return Flaw("no text", Problem(where, f"has no field {text_field!r}", remedy))
+    return BadRecord("no text", Problem(where, f"has no field {text_field!r}", remedy))
 
 
-def _not_utf8(where: str, byte: int) -> Flaw:
-    return Flaw("not UTF-8", Problem(where, f"is not UTF-8 (byte 0x{byte:02x})", f"convert it to UTF-8; {_SKIP}"))
+def _not_utf8(where: str, byte: int) -> BadRecord:
+    return BadRecord("not UTF-8", Problem(where, f"is not UTF-8 (byte 0x{byte:02x})", f"convert it to UTF-8; {_SKIP}"))
 
 
-def _unreadable(file: str, error: OSError) -> Flaw:
+def _unreadable(file: str, error: OSError) -> BadRecord:
     remedy = f"{remedy_for(error)}, or leave it out with --on_error skip"
-    return Flaw("unreadable file", Problem(file, f"cannot be read ({error.strerror or error})", remedy))
+    return BadRecord("unreadable file", Problem(file, f"cannot be read ({error.strerror or error})", remedy))
 
 
-def _empty(where: str) -> Flaw:
-    return Flaw("empty document", Problem(where, "is empty"))
+def _empty(where: str) -> BadRecord:
+    return BadRecord("empty document", Problem(where, "is empty"))
 
 
 def _is_known(path: Path) -> bool:

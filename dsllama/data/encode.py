@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dsllama.data.bulk import BulkEncoder
-from dsllama.data.documents import Block, Place, blocks, input_files, no_documents
+from dsllama.data.chunks import CUTTING
+from dsllama.data.documents import Block, Cursor, blocks, input_files, no_documents
+from dsllama.data.fast_bpe import FastEncoder
 from dsllama.data.manifest import Manifest, token_dtype
-from dsllama.data.pieces import CUTTING
+from dsllama.data.readers import BLOCK_BYTES
 from dsllama.data.shards import TITLE, Journal, ShardWriter, locked
 from dsllama.data.tokenizer import Tokenizer
-from dsllama.data.unpacking import BLOCK_BYTES
 from dsllama.data.workers import WorkerDied, WorkerPool
 from dsllama.errors import Problem, UserError, remedy_for
 from dsllama.machine import usable_cores
@@ -42,7 +42,7 @@ class Encoded:
     ids: np.ndarray
     skipped: Counter[str]
     problems: list[Problem]
-    following: Place
+    following: Cursor
     disk_bytes: int
 
 
@@ -90,7 +90,7 @@ def encode(
                 return finished
             if journal.shards:
                 say(f"{out_dir}: going on after {len(journal.shards)} finished shards")
-            encoder = BulkEncoder(tokenizer)
+            encoder = FastEncoder(tokenizer)
             if encoder.slow_because:
                 say(f"encoding at about a third of the speed: {encoder.slow_because}")
             skipped = _write_shards(files, tokenizer, journal, workers, progress, encoder.may_cut)
@@ -125,7 +125,7 @@ def _write_shards(
         dtype = token_dtype(tokenizer.vocab_size)
         return ShardWriter(journal.folder, len(journal.shards), dtype, shard_tokens, tokenizer.sos_id)
 
-    def publish(following: Place, offset: int) -> None:
+    def publish(following: Cursor, offset: int) -> None:
         journal.shards.append(writer.publish())
         journal.place, journal.used, journal.skipped = following, offset, dict(skipped)
         journal.save()
@@ -169,7 +169,7 @@ class BlockEncoder:
 
     def __init__(self, tokenizer_json: str) -> None:
         tokenizer = Tokenizer(tokenizer_json, Path())
-        self._encode = BulkEncoder(tokenizer)
+        self._encode = FastEncoder(tokenizer)
         self._dtype = np.dtype(token_dtype(tokenizer.vocab_size))
         self._sos = np.array([tokenizer.sos_id], self._dtype)
         self._eos = np.array([tokenizer.eos_id], self._dtype)

@@ -113,7 +113,7 @@ class DatasetLoader:
 
     def __len__(self) -> int:
         """Micro-steps in which all ranks together pass over the part once; the last may not be full."""
-        return -(-self.samples_per_epoch // self._batches.stride)
+        return -(-self.samples_per_epoch // self._batches.global_micro_batch)
 
     def get_batch(self) -> Batch:
         """The next batch: x and y, int64, each (B, T) and contiguous, on the device; y is x one token on.
@@ -129,7 +129,7 @@ class DatasetLoader:
             prepare = {"initializer": torch.cuda.set_device, "initargs": (self.device,)}
             self._reader = ThreadPoolExecutor(1, "dsllama-prefetch", **(prepare if self.device.type == "cuda" else {}))
         while len(self._ahead) <= _PREFETCHED_BATCHES:
-            position = self.consumed_samples + len(self._ahead) * self._batches.stride
+            position = self.consumed_samples + len(self._ahead) * self._batches.global_micro_batch
             self._ahead.append((position, self._reader.submit(self._batches.batch_at, position)))
         try:
             batch = self._ahead.popleft()[1].result()
@@ -137,7 +137,7 @@ class DatasetLoader:
             self.close()
             raise
         self._announce_epoch()
-        self.consumed_samples += self._batches.stride
+        self.consumed_samples += self._batches.global_micro_batch
         return self._to_device(batch)
 
     def validation_batches(self) -> Iterator[Batch]:
@@ -148,7 +148,7 @@ class DatasetLoader:
         """
         assert self._identity["split"] == "validation", "validation_batches is for split='validation'"
         for step in range(len(self)):
-            yield self._to_device(self._batches.batch_at(step * self._batches.stride, once=True))
+            yield self._to_device(self._batches.batch_at(step * self._batches.global_micro_batch, once=True))
 
     def state_dict(self) -> dict[str, Any]:
         """The position, and what it is a position in; plain values. Batches that were only read ahead do not count."""
@@ -195,7 +195,7 @@ class DatasetLoader:
 
     def _announce_epoch(self) -> None:
         """Say so, once, when the micro-step to be delivered holds the first sample of a pass after the first."""
-        epoch = (self.consumed_samples + self._batches.stride - 1) // self.samples_per_epoch
+        epoch = (self.consumed_samples + self._batches.global_micro_batch - 1) // self.samples_per_epoch
         first = epoch * self.samples_per_epoch
         if epoch == 0 or first < self.consumed_samples or self._identity["split"] != "train" or not self._is_first_rank:
             return
@@ -209,7 +209,7 @@ class _Batches:
     """The batches of one rank as a pure function of the position: what the thread reads and the loader gives out.
 
     start, tokens: the part of the stream. shape: (B, T). seed: of the order; None for the stream's own.
-    samples: in one pass over the part. stride: samples that all ranks together consume in a micro-step.
+    samples: in one pass over the part. global_micro_batch: samples that all ranks together consume in a micro-step.
     """
 
     def __init__(
@@ -228,9 +228,9 @@ class _Batches:
         self._first_row = rank * self._batch
         self._seed, self._pinned = seed, pinned
         self.samples = -(-(tokens - 1) // self._seq_len)
-        self.stride = self._batch * ranks
+        self.global_micro_batch = self._batch * ranks
         # Not far beyond an epoch, because each epoch has an order of its own to set up.
-        self._planned = max(1, min(_PLANNED_SAMPLES // self._batch, self.samples // self.stride))
+        self._planned = max(1, min(_PLANNED_SAMPLES // self._batch, self.samples // self.global_micro_batch))
         self._plan = lru_cache(maxsize=2)(self._offsets)
 
     def batch_at(self, position: int, once: bool = False) -> Batch:
@@ -238,13 +238,13 @@ class _Batches:
 
         once: after the last sample, rows without targets instead of another epoch.
         """
-        step = position // self.stride % self._planned
-        return self._gather(self._plan(position - step * self.stride, once)[step])
+        step = position // self.global_micro_batch % self._planned
+        return self._gather(self._plan(position - step * self.global_micro_batch, once)[step])
 
     def _offsets(self, position: int, once: bool) -> npt.NDArray[np.int64]:
         """Where in the part each row of the micro-steps from a position on begins: (planned steps, B)."""
         first_row = position + self._first_row
-        numbers = np.add.outer(first_row + np.arange(self._planned) * self.stride, np.arange(self._batch))
+        numbers = np.add.outer(first_row + np.arange(self._planned) * self.global_micro_batch, np.arange(self._batch))
         if once:
             return np.minimum(numbers * self._seq_len, self._tokens - 1)
         epochs, samples = np.divmod(numbers, self.samples)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from dsllama.data.documents import Place
+from dsllama.data.documents import Cursor
 from dsllama.data.manifest import MANIFEST_NAME, Manifest, Shard
 from dsllama.errors import Problem, UserError
 from dsllama.files import write_atomically
@@ -98,7 +98,7 @@ class Journal:
     folder: Path
     identity: dict[str, Any]
     shards: list[Shard] = field(default_factory=list)
-    place: Place = field(default_factory=Place)
+    place: Cursor = field(default_factory=Cursor)
     used: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
 
@@ -133,7 +133,7 @@ class Journal:
         gone = [shard.file for shard in shards if not (folder / shard.file).is_file()]
         if gone:
             raise UserError([Problem(str(folder / file), "is gone", _ANEW) for file in gone], TITLE)
-        return cls(folder, identity, shards, Place(*saved["place"]), saved["used"], saved["skipped"])
+        return cls(folder, identity, shards, Cursor(*saved["place"]), saved["used"], saved["skipped"])
 
     def save(self) -> None:
         """Write it durably, in one step."""

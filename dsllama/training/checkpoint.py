@@ -1,7 +1,7 @@
 """Checkpoints: a folder exists wholly or not at all, and its manifest says what it holds.
 
     ckpt_dir/update_0000300/            published by one rename of ckpt_dir/.writing-update_0000300
-        manifest.json                   update, tokens, loss, data position, topology, size and sha256 of every file
+        manifest.json                   update, tokens, loss, data position, parallel layout, size and sha256 of files
         config.yaml deepspeed.json tokenizer.json
         engine/                         DeepSpeed's own files (weights, optimizer, scheduler)
         random_rank_0.pt ...            each rank's random state
@@ -147,7 +147,9 @@ def _refuse_to_overwrite(chosen: Checkpoint, existing: list[Path], config: Train
         raise UserError(Problem("ckpt_dir", rule, remedy, config.ckpt_dir))
 
 
-def misfits(checkpoint: Checkpoint, config: TrainingConfig, topology: dict[str, Any], vocab_size: int) -> list[Problem]:
+def incompatibilities(
+    checkpoint: Checkpoint, config: TrainingConfig, parallel_layout: dict[str, Any], vocab_size: int
+) -> list[Problem]:
     """Why this run cannot go on from a checkpoint; empty where it can."""
     theirs, ours = checkpoint.config().to_dict(), config.to_dict()
     problems = [
@@ -163,15 +165,15 @@ def misfits(checkpoint: Checkpoint, config: TrainingConfig, topology: dict[str, 
                 f"use the tokenizer that lies in the checkpoint, and vocab_size {theirs['vocab_size'] or 'null'}",
             )
         )
-    saved = checkpoint.manifest["topology"]
-    if saved["zero_stage"] == 0 and saved["precision"] != "fp32" and topology["zero_stage"] != 0:
+    saved = checkpoint.manifest["parallel_layout"]
+    if saved["zero_stage"] == 0 and saved["precision"] != "fp32" and parallel_layout["zero_stage"] != 0:
         # Such a run is ZeRO-1 today, so "resume with zero_stage 0" would lead nowhere.
         rule = f"was saved by DeepSpeed's own stage 0 in {saved['precision']}, which computed wrong updates"
         remedy = "start anew; `dsllama generate` and `dsllama export` still read it"
         return [*problems, Problem(str(checkpoint.path), rule, remedy)]
-    for name, value in topology.items():
+    for name, value in parallel_layout.items():
         # DeepSpeed's stage 0 files hold everything in one piece: they load on any number of ranks.
-        if saved[name] != value and not (name == "ranks" and saved["zero_stage"] == topology["zero_stage"] == 0):
+        if saved[name] != value and not (name == "ranks" and saved["zero_stage"] == parallel_layout["zero_stage"] == 0):
             problems.append(
                 Problem(
                     name,
@@ -192,7 +194,7 @@ def save(
 ) -> Checkpoint:
     """Write and publish `folder`/update_N. Collective.
 
-    manifest: what the caller knows (tokens, loss, data position, topology ...). attachments: name -> text of
+    manifest: what the caller knows (tokens, loss, data position, parallel_layout ...). attachments: name -> text of
     small files that lie beside the engine's. Raises OSError on every rank if any rank failed to write.
     """
     final = folder / f"update_{update:07d}"
@@ -230,7 +232,7 @@ def load(checkpoint: Checkpoint, world: World, engine: Any) -> None:
     """Restore the engine's and this rank's random state. Collective. Raises RuntimeError where it cannot."""
     deepspeed_engine.load(engine, checkpoint.path)
     file = checkpoint.path / f"random_rank_{world.rank}.pt"
-    if file.exists() and checkpoint.manifest["topology"]["ranks"] == world.size:
+    if file.exists() and checkpoint.manifest["parallel_layout"]["ranks"] == world.size:
         restore_random_state(torch.load(file, weights_only=True), world)
 
 

@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 from dsllama.config import TrainingConfig
 from dsllama.errors import Problem, UserError
+from dsllama.optimizer import parameter_groups, settings_of
 from dsllama.scheduler import DEEPSPEED_NAME, Scheduler
 
 Json = dict[str, Any]
@@ -161,7 +162,7 @@ def build(model_factory: Callable[[], torch.nn.Module], ds_config: Json) -> tupl
     with deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=partitioned):
         model = model_factory()
     try:
-        engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=ds_config)
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=parameter_groups(model), config=ds_config)
     except (AssertionError, ValueError, NotImplementedError) as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         raise UserError(
@@ -295,9 +296,7 @@ class _Settings:
     def __init__(self, engine: Any) -> None:
         self.clipping = getattr(engine.optimizer, "clip_grad", None)
         self.scaler = _loss_scaler(engine)
-        groups = engine.basic_optimizer.param_groups
-        # The rate is the scheduler's.
-        self.groups = [{name: group[name] for name in group.keys() - {"params", "lr"}} for group in groups]
+        self.groups = [settings_of(group) for group in engine.basic_optimizer.param_groups]
 
     def restore(self, engine: Any) -> None:
         if self.clipping is not None:

@@ -25,7 +25,7 @@ from dsllama.sizes import readable, readable_duration
 class Row:
     """One logged update. Tokens are over all ranks; time in seconds since this process began to train."""
 
-    step: int
+    update: int
     progress: float
     loss: float
     perplexity: float
@@ -43,7 +43,7 @@ class Row:
     def line(self, updates: int, eta_seconds: float) -> str:
         """The row as the console shows it."""
         parts = [
-            f"{self.step:>{len(str(updates))}}/{updates}",
+            f"{self.update:>{len(str(updates))}}/{updates}",
             f"{self.progress:6.1%}",
             f"loss {self.loss:.4f}",
             f"ppl {self.perplexity:,.5g}",
@@ -168,7 +168,7 @@ def _rows(log_file: Path) -> list[dict[str, str]]:
 def _is_sound(row: dict[str, str]) -> bool:
     """Whether a row is whole: one that a crash cut short lacks cells or runs into the next, one may be edited."""
     try:
-        int(row["step"]), int(row["tokens_total"]), float(row["loss"]), float(row["learning_rate"])
+        int(row["update"]), int(row["tokens_total"]), float(row["loss"]), float(row["learning_rate"])
         float(row["tokens_per_second"]), float(row["validation_loss"] or 0)
     except (KeyError, TypeError, ValueError):
         return False
@@ -214,7 +214,7 @@ def is_log(path: Path) -> bool:
 def _split_log(log_file: Path, resumed_from: int) -> bool:
     """Keep the rows up to `resumed_from` and move the others aside; whether a usable log was there."""
     rows = _rows(log_file)
-    kept = [row for row in rows if _is_sound(row) and int(row["step"]) <= resumed_from]
+    kept = [row for row in rows if _is_sound(row) and int(row["update"]) <= resumed_from]
     others = [row for row in rows if row not in kept and None not in row.values()]
     if others:
         _append(log_file.with_name(log_file.name + ".superseded"), others)

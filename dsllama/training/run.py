@@ -74,7 +74,7 @@ def _train(job: Job, rank: int, world_size: int) -> int:
     from dsllama.training.stopping import StopRequest
     from dsllama.training.trainer import Trainer, TrainingFailed, run_files
 
-    # From here on a signal is a wish: one that comes while the engine is built is granted after the first update.
+    # From here on a signal is a stop request: one that comes while the engine is built is met after the first update.
     stop = StopRequest()
     stop.listen()
     try:
@@ -113,7 +113,7 @@ def note_start(ckpt_dir: Path, files: dict[str, str]) -> Path:
     return folder
 
 
-def leave(code: int) -> None:
+def exit_process(code: int) -> None:
     """End the process with everything flushed and nothing torn down.
 
     DeepSpeed's threads now and then abort an interpreter that shuts down in order (SIGABRT after clean work).
@@ -129,7 +129,7 @@ def prepare(config: TrainingConfig, rank: int, world_size: int) -> Job:
     from dsllama.derived import DEFAULT_VOCABULARY, derive
     from dsllama.training import checkpoint as checkpoints
     from dsllama.training import engine
-    from dsllama.training.trainer import Job, topology
+    from dsllama.training.trainer import Job, parallel_layout
 
     problems: list[Problem] = []
     tokenizer = data = derived = ds_json = resume_from = None
@@ -157,7 +157,9 @@ def prepare(config: TrainingConfig, rank: int, world_size: int) -> Job:
         with _collecting(problems):
             data[0].load_state_dict(resume_from.manifest["data"])
     if resume_from is not None and ds_json is not None:
-        problems += checkpoints.misfits(resume_from, config, topology(config, ds_json, world_size), vocab_size)
+        problems += checkpoints.incompatibilities(
+            resume_from, config, parallel_layout(config, ds_json, world_size), vocab_size
+        )
     if problems:
         raise UserError(problems)
     assert derived is not None and ds_json is not None and tokenizer is not None and data is not None
@@ -307,4 +309,4 @@ def _summarize(job: Job, outcome: Outcome) -> None:
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    exit_process(main(sys.argv[1:]))

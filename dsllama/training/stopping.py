@@ -1,6 +1,6 @@
-"""How a run is stopped from outside: a signal sets a wish, the loop acts on it at the end of an update.
+"""How a run is stopped from outside: a signal is a stop request, and the loop acts on it at the end of an update.
 
-The wish travels with the loss in the one all-reduce of each update, so that all ranks stop at the same one.
+The request travels with the loss in the one all-reduce of each update, so that all ranks stop at the same one.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from types import FrameType
 
 # What the run returns when it was stopped and has saved: "try again later" in sysexits.h, for a scheduler to requeue.
 EXIT_STOPPED = 75
-# Ctrl-C reaches a rank twice, from the terminal and from the launcher: a second wish counts only after this.
-_SECOND_WISH_SECONDS = 3.0
+# Ctrl-C reaches a rank twice, from the terminal and from the launcher: a second request counts only after this.
+_SECOND_REQUEST_SECONDS = 3.0
 
 
 class StopRequest:
@@ -27,12 +27,12 @@ class StopRequest:
         return bool(self.signal_name)
 
     def listen(self) -> None:
-        """From now on SIGINT, SIGTERM and SIGUSR1 are wishes."""
+        """From now on SIGINT, SIGTERM and SIGUSR1 are stop requests."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._wish)
+            signal.signal(number, self._request)
 
-    def _wish(self, number: int, _frame: FrameType | None) -> None:
-        if self.signal_name and time.monotonic() - self._first > _SECOND_WISH_SECONDS:
+    def _request(self, number: int, _frame: FrameType | None) -> None:
+        if self.signal_name and time.monotonic() - self._first > _SECOND_REQUEST_SECONDS:
             os._exit(128 + number)
         if not self.signal_name:
             self.signal_name = signal.Signals(number).name

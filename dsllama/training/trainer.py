@@ -52,8 +52,8 @@ class Job:
     resume_from: Checkpoint | None
 
     @property
-    def topology(self) -> dict[str, Any]:
-        return topology(self.config, self.ds_config, self.derived.world_size)
+    def parallel_layout(self) -> dict[str, Any]:
+        return parallel_layout(self.config, self.ds_config, self.derived.world_size)
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Outcome:
     skipped: int = 0
 
 
-def topology(config: TrainingConfig, ds_config: dict[str, Any], ranks: int) -> dict[str, Any]:
+def parallel_layout(config: TrainingConfig, ds_config: dict[str, Any], ranks: int) -> dict[str, Any]:
     """What decides the form of DeepSpeed's files."""
     zero = ds_config["zero_optimization"]
     return {
@@ -115,7 +115,7 @@ class Trainer:
         self.first_update = self.update + 1
         self.skips = self.skips_before = deepspeed_engine.skips(self.engine)
         # The textbook's engine reports no norm for fp32 at stage 0; there it is taken from the gradients themselves.
-        self.norm_from_gradients = self.config.precision == "fp32" and job.topology["zero_stage"] == 0
+        self.norm_from_gradients = self.config.precision == "fp32" and job.parallel_layout["zero_stage"] == 0
         peak = self.config.peak_tflops or peak_tflops(world.device)
         self.peak_flops = peak * 1e12 * world.size if peak else None
         self.report: Report | None = None
@@ -134,11 +134,11 @@ class Trainer:
                 self.scheduler.step(self.update)
                 # The rate of this update: at its end DeepSpeed sets the next one.
                 self.learning_rate = self.scheduler.get_current_lr()
-                loss, norm, somebody_stops = self.train_one_update()
-                self._insist_on_finite(loss, norm)
+                loss, grad_norm, somebody_stops = self.train_one_update()
+                self._insist_on_finite(loss, grad_norm)
                 validation = self._evaluate() if self._every(config.eval_interval) and self.job.validation else None
                 if self._every(config.log_interval) or self.update in (self.first_update, updates) or validation:
-                    self._log(loss, norm, validation)
+                    self._log(loss, grad_norm, validation)
                 if config.sample_prompts and is_sample_update(self.update, config):
                     self._sample()
                 stopped_by = self.stop.signal_name or "another rank" if somebody_stops else ""
@@ -163,8 +163,8 @@ class Trainer:
     def train_one_update(self) -> tuple[float, float | None, bool]:
         """One optimizer update: (mean loss over all ranks and micro-steps, gradient norm, does anyone want to stop)."""
         steps = self.derived.gradient_accumulation_steps
-        norm = None
-        # Sum of the losses, tokens that counted, wishes to stop: one all-reduce for all three.
+        grad_norm = None
+        # Sum of the losses, tokens that counted, stop requests: one all-reduce for all three.
         sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)
         for micro_step in range(1, steps + 1):
             x, y = self.loader.get_batch()
@@ -173,16 +173,16 @@ class Trainer:
             sums[0] += loss.detach()
             sums[1] += (y != IGNORE_INDEX).sum()
             if self.norm_from_gradients and micro_step == steps:
-                norm = deepspeed_engine.plain_gradient_norm(self.engine)
+                grad_norm = deepspeed_engine.plain_gradient_norm(self.engine)
             deepspeed_engine.step(self.engine)
         sums[0] *= self.config.batch_size * self.config.max_seq_len  # the model divides by all positions
         sums[2] += bool(self.stop)
         dist.all_reduce(sums)
-        total, counted, wishes = sums.tolist()
+        total, counted, requests = sums.tolist()
         return (
             total / counted,
-            norm if self.norm_from_gradients else deepspeed_engine.gradient_norm(self.engine),
-            wishes > 0,
+            grad_norm if self.norm_from_gradients else deepspeed_engine.gradient_norm(self.engine),
+            requests > 0,
         )
 
     @property
@@ -210,7 +210,7 @@ class Trainer:
 
     # ------------------------------------------------------------ what
 
-    def _log(self, loss: float, norm: float | None, validation: float | None) -> None:
+    def _log(self, loss: float, grad_norm: float | None, validation: float | None) -> None:
         rate = self.clock.rate(self._tokens_here)
         memory = peak_memory_gib(self.world.device)
         if self.report is None:
@@ -218,12 +218,12 @@ class Trainer:
         elapsed, done = self.clock.seconds, self.update - self.first_update + 1
         flops = rate * self.derived.flops_per_token
         row = Row(
-            step=self.update,
+            update=self.update,
             progress=self.update / self.derived.updates,
             loss=loss,
             perplexity=perplexity(loss),
             learning_rate=self.learning_rate,
-            grad_norm=norm,
+            grad_norm=grad_norm,
             tokens_run=self._tokens_here,
             tokens_total=self.tokens,
             tokens_per_second=rate,
@@ -251,7 +251,7 @@ class Trainer:
 
     def _sample(self) -> None:
         """Generate from each prompt. On every rank, since under ZeRO-3 each holds a part of the weights."""
-        partitioned = self.world.size > 1 and self.job.topology["zero_stage"] == 3
+        partitioned = self.world.size > 1 and self.job.parallel_layout["zero_stage"] == 3
         with self.clock.paused():
             texts = [
                 self.engine.module.generate(
@@ -282,7 +282,7 @@ class Trainer:
             "loss": loss,
             "saved_at": checkpoints.timestamp(),
             "data": self.loader.state_dict(),
-            "topology": self.job.topology,
+            "parallel_layout": self.job.parallel_layout,
             "vocab_size": self.derived.vocab_size,
             "schedule": self.scheduler.state_dict(),
             "skipping": asdict(self.streak),
@@ -323,7 +323,7 @@ class Trainer:
                 flush=True,
             )
 
-    def _insist_on_finite(self, loss: float, norm: float | None) -> None:
+    def _insist_on_finite(self, loss: float, grad_norm: float | None) -> None:
         """Stop before anything that is not finite can reach a checkpoint; say what the engine has skipped."""
         if not math.isfinite(loss):
             self._give_up(f"the loss is {loss} at {self._place(self.update)}. Nothing of it was saved")
@@ -332,8 +332,8 @@ class Trainer:
             self._notice_skip(before)
             return
         self.streak = Streak()
-        if norm is not None and not math.isfinite(norm):
-            self._give_up(f"the gradient norm is {norm} at {self._place(self.update)}. Nothing of it was saved")
+        if grad_norm is not None and not math.isfinite(grad_norm):
+            self._give_up(f"the gradient norm is {grad_norm} at {self._place(self.update)}. Nothing of it was saved")
 
     def _notice_skip(self, before: deepspeed_engine.Skips) -> None:
         """Say that the engine has left this update out; too many in a row end the run.

@@ -22,12 +22,12 @@ def consolidated_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """All weights in fp32, by the model's names."""
     accelerator()  # reading the files imports DeepSpeed, which would complain that there is no GPU
     folder = checkpoint.path / TAG
-    stage = checkpoint.manifest["topology"]["zero_stage"]
+    stage = checkpoint.manifest["parallel_layout"]["zero_stage"]
     if stage == 0:
         state = _load(folder / "mp_rank_00_model_states.pt")["module"]
         return {name: tensor.float() for name, tensor in state.items()}
     if next(folder.glob("bf16_zero_pp_rank_0_*"), None) is not None and stage == 1:
-        return _from_bf16_optimizer(folder, checkpoint.manifest["topology"]["ranks"])
+        return _from_bf16_optimizer(folder, checkpoint.manifest["parallel_layout"]["ranks"])
     # It reports each file and draws progress bars; a user who generates a sentence wants the sentence.
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from dsllama.data.chunks import CHUNK_CHARACTERS, chunks_of_text
 from dsllama.data.documents import blocks, input_files, no_documents
-from dsllama.data.pieces import PIECE_CHARACTERS, pieces_of_text
-from dsllama.data.unpacking import zstd
+from dsllama.data.readers import zstd
 from dsllama.errors import UserError
 
 TEXTS = ["one", "two\nlines\r\n", "naïve 你好 \U0001f600", "u2028:\u2028 nel:\x85 ff:\x0c", " ", '"quoted" \\ <EOS>']
@@ -228,7 +228,7 @@ def test_all_that_is_wrong_with_the_named_inputs_is_told_at_once(tmp_path):
 
 @pytest.mark.parametrize("unit", ["word two\n", "漢字、カナ。\n", "abc\u3000\u00a0 \n", "\r\n x"])
 def test_a_large_document_passes_in_pieces_but_is_one_document(unit, tmp_path):
-    text = unit * (5 * PIECE_CHARACTERS // 2 // len(unit))
+    text = unit * (5 * CHUNK_CHARACTERS // 2 // len(unit))
     (tmp_path / "a.txt").write_bytes(text.encode())
     _write(tmp_path / "b.jsonl", ["small", text])
     _write(tmp_path / "c.parquet", [text, "small"])
@@ -240,7 +240,7 @@ def test_a_large_document_passes_in_pieces_but_is_one_document(unit, tmp_path):
         (1, text),
         (2, "small"),
     ]
-    assert max(len(document.text) for document in found) <= PIECE_CHARACTERS
+    assert max(len(document.text) for document in found) <= CHUNK_CHARACTERS
     # Each cut is between kinds of signs, so that no word and no run of blanks is torn.
     for before, after in pairwise(found):
         if not before.ends:
@@ -249,15 +249,15 @@ def test_a_large_document_passes_in_pieces_but_is_one_document(unit, tmp_path):
 
 def test_a_text_without_any_place_to_cut_at_stays_whole():
     text = "x" * (17 * 2**20)
-    assert list(pieces_of_text(text)) == [(text, True)]
-    found = list(pieces_of_text(text + " " + text))
+    assert list(chunks_of_text(text)) == [(text, True)]
+    found = list(chunks_of_text(text + " " + text))
     assert [(len(piece), last) for piece, last in found] == [(17 * 2**20, False), (17 * 2**20 + 1, True)]
 
 
 def test_a_text_without_blanks_is_cut_between_its_words():
     for unit in ("\u6f22\u5b57\u3002\u4eee\u540d", "base64+a1/", "it's,"):
-        text = unit * (3 * PIECE_CHARACTERS // len(unit))
-        pieces = [piece for piece, _ in pieces_of_text(text)]
+        text = unit * (3 * CHUNK_CHARACTERS // len(unit))
+        pieces = [piece for piece, _ in chunks_of_text(text)]
         assert len(pieces) >= 3 and "".join(pieces) == text
 
 
@@ -311,7 +311,7 @@ def test_more_names_for_lines_and_packed_texts_are_read(tmp_path):
     (tmp_path / "b.json.gz").write_bytes(gzip.compress(_jsonl(["2"])))
     (tmp_path / "c.txt.gz").write_bytes(gzip.compress("\ufeffthree\nlines\nhere".encode()))
     (tmp_path / "d.txt.zst").write_bytes(zstd.compress(b"4"))
-    large = "words and words\n" * (PIECE_CHARACTERS // 8)
+    large = "words and words\n" * (CHUNK_CHARACTERS // 8)
     (tmp_path / "e.txt.gz").write_bytes(gzip.compress(large.encode()))
     found = _whole(list(read_documents(input_files([tmp_path]))))
     assert [document[-1] for document in found] == ["1", "2", "three\nlines\nhere", "4", large]

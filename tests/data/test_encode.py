@@ -18,13 +18,13 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsllama.data.bulk import BulkEncoder
+from dsllama.data.chunks import CHUNK_CHARACTERS, WORD_BEGINS, chunks_of_text
 from dsllama.data.corpus import gather_stdlib_corpus
 from dsllama.data.encode import encode
+from dsllama.data.fast_bpe import FastEncoder
 from dsllama.data.manifest import Manifest
-from dsllama.data.pieces import PIECE_CHARACTERS, WORD_BEGINS, pieces_of_text
+from dsllama.data.readers import BLOCK_BYTES
 from dsllama.data.tokenizer import SPECIAL_TOKENS, Tokenizer, train_tokenizer
-from dsllama.data.unpacking import BLOCK_BYTES
 from dsllama.data.workers import WorkerDied, WorkerPool
 from dsllama.errors import UserError
 from tests.conftest import PATIENCE
@@ -71,7 +71,7 @@ def source(tmp_path_factory):
         (folder / f"b{n}.txt").write_text(_prose(900 + n, 500))
     (folder / "c.txt").write_text(_prose(7, 250_000))
     (folder / "d.txt").write_text("")
-    assert (folder / "c.txt").stat().st_size > PIECE_CHARACTERS
+    assert (folder / "c.txt").stat().st_size > CHUNK_CHARACTERS
     return folder
 
 
@@ -152,7 +152,7 @@ def test_a_vocabulary_beyond_65536_is_stored_as_uint32(tokenizer, tmp_path):
 
 @pytest.fixture(scope="module")
 def bulk(tokenizer):
-    return BulkEncoder(tokenizer)
+    return FastEncoder(tokenizer)
 
 
 @settings(max_examples=200, derandomize=True, deadline=None)
@@ -202,7 +202,7 @@ def _changed(tokenizer, path, change):
 def test_another_kind_of_tokenizer_is_encoded_the_slow_way_with_its_own_ids(change, reason, tokenizer, tmp_path):
     other = _changed(tokenizer, tmp_path / "t.json", change)
     texts = [_prose(n, 30) for n in range(300)]
-    bulk = BulkEncoder(other)
+    bulk = FastEncoder(other)
     assert reason in bulk.slow_because
     assert [ids.tolist() for ids in bulk(texts)] == [other.encode(text) for text in texts]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -238,7 +238,7 @@ def _like_llama_2(content):
 def test_a_large_document_is_not_cut_where_its_tokenizer_might_notice(change, tokenizer, tmp_path):
     other = _changed(tokenizer, tmp_path / "t.json", change)
     # Lines end in signs, which Llama-3's pattern takes together with the line's end.
-    text = "the quick brown fox!!\n" * (5 * PIECE_CHARACTERS // 2 // 22)
+    text = "the quick brown fox!!\n" * (5 * CHUNK_CHARACTERS // 2 // 22)
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.txt").write_text(text)
     _lines(tmp_path / "in" / "b.jsonl", [text, "small"])
@@ -258,9 +258,9 @@ def test_a_text_can_be_cut_where_pieces_are_cut_without_changing_its_ids(tokeniz
 
 
 def test_the_pieces_of_a_large_text_have_the_ids_of_the_whole(tokenizer, monkeypatch):
-    monkeypatch.setattr("dsllama.data.pieces.PIECE_CHARACTERS", 500)
+    monkeypatch.setattr("dsllama.data.chunks.CHUNK_CHARACTERS", 500)
     text = _prose(3, 20_000)
-    pieces = [piece for piece, _ in pieces_of_text(text)]
+    pieces = [piece for piece, _ in chunks_of_text(text)]
     assert len(pieces) > 100
     assert [number for piece in pieces for number in tokenizer.encode(piece)] == tokenizer.encode(text)
 

@@ -46,9 +46,9 @@ def test_console_csv_and_tensorboard_say_the_same(campaign: Campaign) -> None:
         assert [value for _, value in told] == pytest.approx([float(row[name]) for row in rows], rel=1e-6)
     console = re.findall(r"^ *(\d+)/20 .* loss ([\d.]+) \|", said, re.MULTILINE)
     assert [(int(s), float(loss)) for s, loss in console] == [
-        (int(row["step"]), pytest.approx(float(row["loss"]), abs=6e-5)) for row in rows
+        (int(row["update"]), pytest.approx(float(row["loss"]), abs=6e-5)) for row in rows
     ]
-    assert [int(row["step"]) for row in rows if row["validation_loss"]] == [5, 10, 15, 20]
+    assert [int(row["update"]) for row in rows if row["validation_loss"]] == [5, 10, 15, 20]
     # The textbook's interval: eval_interval, then 1.5 times as far each time.
     samples = (trained.folder / "log.samples.txt").read_text()
     assert re.findall(r"=== update (\d+),", samples)[::2] == ["5", "8", "12", "18"] and samples.count("the dog") == 8
@@ -81,14 +81,14 @@ def test_rows_that_are_none_are_moved_aside_with_those_that_a_resumed_run_makes_
     from dsllama.training.reporting import COLUMNS, Report, read_log
 
     def row(step: str) -> str:
-        return ",".join({"step": step, "tokens_total": "256"}.get(name, "1.5") for name in COLUMNS)
+        return ",".join({"update": step, "tokens_total": "256"}.get(name, "1.5") for name in COLUMNS)
 
     log = tmp_path / "log.csv"
     log.write_text("\n".join([",".join(COLUMNS), row("1"), row("two"), row("3"), row("4"), "5,0.2"]))
     Report(log, tmp_path / "tensorboard", resumed_from=3, resumed_tokens=768).close()
-    assert [kept["step"] for kept in read_log(log)] == ["1", "3"]
+    assert [kept["update"] for kept in read_log(log)] == ["1", "3"]
     aside = log.with_name("log.csv.superseded").read_text().splitlines()
-    assert [line.split(",")[0] for line in aside] == ["step", "two", "4"]
+    assert [line.split(",")[0] for line in aside] == ["update", "two", "4"]
 
 
 def test_two_runs_do_not_write_one_log(tiny_data: TinyData, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,7 +82,7 @@ def plain_loop(
 @on_one_and_two_ranks("fp32_stage")
 def test_every_zero_stage_trains_like_a_plain_loop(campaign: Campaign, plain, stage: int, ranks: int) -> None:
     rows = campaign.run(f"fp32_stage{stage}", ranks).rows()
-    assert [int(row["step"]) for row in rows] == list(range(1, UPDATES + 1))
+    assert [int(row["update"]) for row in rows] == list(range(1, UPDATES + 1))
     for name, tolerance in (("loss", 1e-4), ("grad_norm", 1e-3), ("learning_rate", 1e-12)):
         assert [float(row[name]) for row in rows] == pytest.approx(plain[name], rel=tolerance), name
 

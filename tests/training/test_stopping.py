@@ -27,7 +27,7 @@ def test_a_signal_to_the_whole_job_leaves_a_checkpoint_that_goes_on(
     process.communicate(timeout=PATIENCE)
     checkpoint = list_checkpoints(trained.folder / "checkpoints")[-1]
     manifest = json.loads((checkpoint / "manifest.json").read_text())
-    assert manifest["update"] == int(trained.rows()[-1]["step"])
+    assert manifest["update"] == int(trained.rows()[-1]["update"])
     assert manifest["data"]["consumed_samples"] == manifest["update"] * 8
 
     if number == signal.SIGINT:
@@ -35,4 +35,6 @@ def test_a_signal_to_the_whole_job_leaves_a_checkpoint_that_goes_on(
     more = {**trained.settings, "load_ckpt": "true", "training_tokens": (manifest["update"] + 3) * 256}
     result = run(*deepspeed_command(2, "launch/train.py", *Run(trained.folder, more).words()))
     assert result.returncode == 0, result.stdout + result.stderr
-    assert [int(row["step"]) for row in trained.rows()][-4:] == list(range(manifest["update"], manifest["update"] + 4))
+    assert [int(row["update"]) for row in trained.rows()][-4:] == list(
+        range(manifest["update"], manifest["update"] + 4)
+    )

@@ -1,9 +1,9 @@
-"""Large texts in pieces that encode to the same ids as the whole.
+"""Large texts in chunks that encode to the same ids as the whole.
 
 GPT-2's byte-level BPE first splits a text into words by a pattern in which a blank that follows a non-blank always
 begins a new word, whatever comes before or after; so does a sign after a letter or digit, a digit after a letter, and
 a letter after a sign other than the apostrophe. A text that is cut there loses nothing; one with no such place stays
-whole. Of another pipeline (Llama-3's pattern, Llama-2's normalizer) that is not so: `BulkEncoder.may_cut` tells, and
+whole. Of another pipeline (Llama-3's pattern, Llama-2's normalizer) that is not so: `FastEncoder.may_cut` tells, and
 such texts are not cut.
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-PIECE_CHARACTERS = 2**20
+CHUNK_CHARACTERS = 2**20
 # Changes with where texts are cut: an encoding that was begun otherwise cannot go on.
 CUTTING = 2
 # Letters and signs that are certainly such to GPT-2's pattern: ASCII, and what is written without blanks.
@@ -36,9 +36,9 @@ class Utf8Error(NamedTuple):
     byte: int
 
 
-def pieces_of_text(text: str) -> Iterator[tuple[str, bool]]:
-    """(piece, whether it is the last) of a text in memory; a text of up to PIECE_CHARACTERS is one piece."""
-    if len(text) <= PIECE_CHARACTERS:
+def chunks_of_text(text: str) -> Iterator[tuple[str, bool]]:
+    """(chunk, whether it is the last) of a text in memory; a text of up to CHUNK_CHARACTERS is one chunk."""
+    if len(text) <= CHUNK_CHARACTERS:
         yield text, True
         return
     position = 0
@@ -48,16 +48,16 @@ def pieces_of_text(text: str) -> Iterator[tuple[str, bool]]:
         position += characters
         return text[position - characters : position]
 
-    yield from _pieces(read)
+    yield from _chunks(read)
 
 
-def pieces_of_file(path: Path) -> Iterator[tuple[str, bool, int]]:
-    """(piece, whether it is the last, bytes of the file read so far) of a UTF-8 file; line ends are kept as they are.
+def chunks_of_file(path: Path) -> Iterator[tuple[str, bool, int]]:
+    """(chunk, whether it is the last, bytes of the file read so far) of a UTF-8 file; line ends are kept as they are.
 
     A byte order mark at the beginning is left out. Raises OSError.
     """
     with path.open("rb") as disk:
-        for text, last in _pieces(io.TextIOWrapper(disk, encoding="utf-8-sig", newline="").read):
+        for text, last in _chunks(io.TextIOWrapper(disk, encoding="utf-8-sig", newline="").read):
             yield text, last, disk.tell()
 
 
@@ -77,14 +77,14 @@ def utf8_error(path: Path) -> Utf8Error | None:
             line += text.count("\n")
 
 
-def _pieces(read: Callable[[int], str]) -> Iterator[tuple[str, bool]]:
+def _chunks(read: Callable[[int], str]) -> Iterator[tuple[str, bool]]:
     """Cut what `read(characters)` gives; it must give less than asked for only at the end.
 
     Where the cuts fall depends on the text alone.
     """
     parts: list[str] = []
     while True:
-        wanted = PIECE_CHARACTERS - sum(map(len, parts)) % PIECE_CHARACTERS
+        wanted = CHUNK_CHARACTERS - sum(map(len, parts)) % CHUNK_CHARACTERS
         fresh = read(wanted)
         # A word may begin with the first letter of what is new.
         looked_at = (parts[-1][-1:] if parts else "") + fresh

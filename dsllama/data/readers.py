@@ -71,7 +71,7 @@ def lines(path: Path) -> Iterator[tuple[bytes | LineTooLong, int]]:
             yield b"".join(parts), disk.tell()
 
 
-def chunks(path: Path) -> Iterator[bytes]:
+def unpacked(path: Path) -> Iterator[bytes]:
     """The unpacked bytes of a file. Raises DamagedFile and OSError."""
     with path.open("rb") as disk:
         yield from _chunks(path, disk)

@@ -28,11 +28,11 @@ _SAMPLE = (
 )
 
 
-class BulkEncoder:
+class FastEncoder:
     """Encodes many texts to ids.
 
     slow_because: empty where tiktoken does it; the ids are the tokenizer's anyway. may_cut: whether a text that is cut
-    as `pieces` cuts has the ids of the whole.
+    as `chunks` cuts has the ids of the whole.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
