@@ -47,7 +47,7 @@ def zero_settings(config: TrainingConfig, overlay: Json) -> ZeroSettings:
     zero = overlay.get("zero_optimization")
     zero = zero if isinstance(zero, dict) else {}
     parts = {name: zero.get(name) for name in ("offload_optimizer", "offload_param")}
-    optimizer, params = (part if isinstance(part, dict) else {} for part in parts.values())
+    states, params = (part if isinstance(part, dict) else {} for part in parts.values())
 
     def first(*values: Any) -> Any:
         return next(value for value in values if value not in (None, "auto"))
@@ -60,9 +60,9 @@ def zero_settings(config: TrainingConfig, overlay: Json) -> ZeroSettings:
     return ZeroSettings(
         stage=1 if runs_as_stage_1 else asked,
         asked_stage=asked,
-        offload_optimizer=first(config.offload_optimizer, optimizer.get("device"), "none"),
+        offload_optimizer=first(config.offload_optimizer, states.get("device"), "none"),
         offload_params=first(config.offload_params, params.get("device"), "none"),
-        nvme_path=first(config.nvme_path, optimizer.get("nvme_path"), params.get("nvme_path"), ""),
+        nvme_path=first(config.nvme_path, states.get("nvme_path"), params.get("nvme_path"), ""),
     )
 
 

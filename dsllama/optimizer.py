@@ -5,12 +5,14 @@ Another optimizer is another one of these functions' branches, and its fields in
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
-from torch import nn
 
 from dsllama.config import TrainingConfig
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Json = dict[str, Any]
 
