@@ -8,13 +8,14 @@ import torch
 
 from dsllama.data.tokenizer import Tokenizer
 from dsllama.export.huggingface import export_huggingface
+from dsllama.machine import half_precision
 from dsllama.model import LLaMaTransformer
 from dsllama.training.checkpoint import open_checkpoint
 from dsllama.training.weights import consolidated_weights
 
 
 def load_model(checkpoint: str | Path, device: str | torch.device | None = None) -> LLaMaTransformer:
-    """The model of a checkpoint (or of the newest whole one in a folder), in fp32 on the CPU or bf16 on a GPU.
+    """The model of a checkpoint (or of the newest whole one in a folder), in fp32 on a CPU or half precision on a GPU.
 
     Raises UserError where the checkpoint is damaged.
     """
@@ -23,7 +24,8 @@ def load_model(checkpoint: str | Path, device: str | torch.device | None = None)
     config = source.config().replace(vocab_size=source.manifest["vocab_size"], activation_checkpointing=False)
     model = LLaMaTransformer(config, Tokenizer.load(source.path / "tokenizer.json"), device="cpu")
     model.load_state_dict(consolidated_weights(source))
-    return model.to(target, torch.bfloat16 if target.type == "cuda" else torch.float32).eval()
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return model.to(target, half[half_precision()] if target.type == "cuda" else torch.float32).eval()
 
 
 def export_checkpoint(checkpoint: str | Path, out: str | Path, dtype: str = "float32", overwrite: bool = False) -> Path:

@@ -5,9 +5,15 @@ from __future__ import annotations
 import os
 import platform
 import resource
+import shutil
+import subprocess
 import sys
+import sysconfig
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from dsllama.errors import Problem
 
 if TYPE_CHECKING:  # importing it takes a second, which `dsllama --version` should not cost
     import torch
@@ -70,3 +76,68 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def unusable_gpu() -> Problem | None:
+    """A GPU of this machine that the installed PyTorch cannot use, and would leave aside in silence; None without one.
+
+    Nothing is said where CUDA_VISIBLE_DEVICES hides them all: then it is meant.
+    """
+    import torch
+
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1"):
+        return None
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        kinds = torch.cuda.get_arch_list()
+        runs = any(
+            kind.startswith(f"sm_{major}") and int(kind[len(f"sm_{major}") :][:1] or 0) <= minor for kind in kinds
+        )
+        compiles = any(
+            kind.startswith("compute_") and int(kind[8:].rstrip("af")) <= 10 * major + minor for kind in kinds
+        )
+        if kinds and not runs and not compiles:
+            rule = f"{torch.__version__} has no code for {torch.cuda.get_device_name()} (sm_{major}{minor})"
+            return Problem("torch", f"{rule}, only for {', '.join(kinds)}", _OTHER_TORCH)
+        return None
+    gpus = _nvidia_smi("-L")
+    if not gpus:
+        return None
+    if torch.version.cuda is None:
+        return Problem("torch", f"{torch.__version__} is a CPU build, but this machine has {gpus[0]}", _OTHER_TORCH)
+    driver = _nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader")
+    rule = f"{torch.__version__} cannot use {gpus[0]}: its CUDA {torch.version.cuda} needs a newer driver than "
+    return Problem(
+        "torch", rule + (driver[0] if driver else "the one that is here"), f"update the driver, or {_OTHER_TORCH}"
+    )
+
+
+_OTHER_TORCH = (
+    "install another build: with make, rm -rf .venv and the same command with TORCH=... (torch==2.6.0, or a wheel for "
+    "another CUDA); DS_ACCELERATOR=cpu trains on the CPU"
+)
+
+
+def _nvidia_smi(*words: str) -> list[str]:
+    if not shutil.which("nvidia-smi"):
+        return []
+    try:
+        told = subprocess.run(["nvidia-smi", *words], capture_output=True, text=True, check=False, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return told.stdout.strip().splitlines() if told.returncode == 0 else []
+
+
+def half_precision() -> str:
+    """The half precision of this GPU: "bf16", or "fp16" where it has no units for that (before Ampere)."""
+    import torch
+
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def missing_compiler() -> str:
+    """What Triton lacks to compile its launchers for CUDA; empty where it has all."""
+    if not os.environ.get("CC") and not any(map(shutil.which, ("gcc", "cc", "clang"))):
+        return "a C compiler (gcc)"
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    return "" if header.exists() else f"Python's headers ({header}; python3-dev)"

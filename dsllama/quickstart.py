@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -26,11 +25,13 @@ from dsllama.config import TrainingConfig, load_config, read_settings
 from dsllama.data.corpus import gather_stdlib_corpus
 from dsllama.data.encode import encode
 from dsllama.data.tokenizer import train_tokenizer
+from dsllama.derived import DEFAULT_VOCABULARY
 from dsllama.errors import Problem, UserError
 from dsllama.files import write_own
-from dsllama.machine import usable_cores
+from dsllama.machine import half_precision, unusable_gpu, usable_cores
+from dsllama.model import LLaMaTransformer
 from dsllama.sizes import readable, readable_duration
-from dsllama.training.checkpoint import newest_whole
+from dsllama.training.checkpoint import Checkpoint, newest_whole
 from dsllama.training.engine import free_port
 from dsllama.training.reporting import read_log, samples_file
 from dsllama.training.stopping import EXIT_STOPPED
@@ -41,24 +42,26 @@ _READY_CONFIGURATION = Path(__file__).parent / "quickstart.yaml"
 def quickstart(folder: Path, fresh: bool = False, ranks: int | None = None, overrides: list[str] | None = None) -> int:
     """Run every stage that is not done yet; returns the exit code (75 where Ctrl-C stopped it with a checkpoint).
 
-    overrides: FIELD=VALUE settings laid over the embedded configuration. Raises UserError for mistakes.
+    overrides: FIELD=VALUE settings laid over the embedded configuration, or over that of the run which goes on.
+    Raises UserError for mistakes, and for settings that the run in the folder does not have.
     """
     begun = time.monotonic()
     check_torch()
-    config = _configuration(folder, overrides or [])
+    done = None if fresh else newest_whole(folder / "checkpoints")
+    config = _configuration(folder, _settings(overrides or []), done, ranks)
+    ranks = ranks or default_ranks(config)
+    config = config.replace(batch_size=fitting_batch(config, ranks))
     _say(f"everything goes to {folder}/")
     corpus = gather_stdlib_corpus(folder / "corpus")
     _say(f"corpus       {corpus}: the text of this Python's standard library (PSF licence)")
     _make_data(folder, config)
-    if fresh:
-        _set_aside(folder)
-    done = newest_whole(config.ckpt_dir)
-    ranks = ranks or default_ranks()
     config_file = folder / "config.yaml"
-    write_own(config_file, yaml.safe_dump(config.to_dict(), sort_keys=False))
     if done is not None and done.tokens >= config.training_tokens:
         _say(f"training     is finished already ({done.path}); `make quickstart ARGS=--fresh` starts it anew")
         return _summarize(folder, config, config_file, ranks, time.monotonic() - begun)
+    if fresh:
+        _set_aside(folder)
+    write_own(config_file, yaml.safe_dump(config.to_dict(), sort_keys=False))
     if done is not None:
         _say(f"training     goes on from {done.path} ({done.update} updates); ARGS=--fresh would start it anew")
     command = launch_command(config_file, ranks)
@@ -73,9 +76,23 @@ def quickstart(folder: Path, fresh: bool = False, ranks: int | None = None, over
     return _summarize(folder, config, config_file, ranks, time.monotonic() - begun)
 
 
-def default_ranks() -> int:
-    """One process per GPU; without any, 2 where there are 2 cores (so that the run is a distributed one)."""
-    return torch.cuda.device_count() or min(2, usable_cores())
+def default_ranks(config: TrainingConfig) -> int:
+    """One process per GPU, or 2 on a CPU with 2 cores (so that the run is a distributed one), as far as an update's
+    sequences can be shared among them."""
+    wanted = torch.cuda.device_count() or min(2, usable_cores())
+    sequences = config.tokens_per_update // config.max_seq_len
+    ranks = max(ranks for ranks in range(1, wanted + 1) if sequences % ranks == 0)
+    if ranks < wanted:
+        _say(f"ranks        {ranks}, not {wanted}: an update has {sequences} sequences, which {wanted} cannot share")
+    return ranks
+
+
+def fitting_batch(config: TrainingConfig, ranks: int) -> int:
+    """The largest micro-batch up to the configuration's of which an update is a whole number on so many ranks; where
+    there is none, the configuration's, for the run to refuse. What is trained does not depend on it."""
+    share, rest = divmod(config.tokens_per_update, config.max_seq_len * ranks)
+    fitting = [size for size in range(1, config.batch_size + 1) if not rest and share % size == 0]
+    return max(fitting, default=config.batch_size)
 
 
 def launch_command(config_file: Path, ranks: int) -> list[str]:
@@ -84,7 +101,20 @@ def launch_command(config_file: Path, ranks: int) -> list[str]:
     launcher = Path(sys.executable).with_name("deepspeed")
     found = str(launcher) if launcher.exists() else "deepspeed"
     script = ["launch/train.py"] if Path("launch/train.py").exists() else ["--module", "dsllama.training.run"]
-    return [found, "--num_gpus", str(ranks), "--master_port", free_port(), *script, "--config", str(config_file)]
+    where = ["--include", f"localhost:{','.join(_gpus()[:ranks])}"] if _gpus() else ["--num_gpus", str(ranks)]
+    return [found, *where, "--master_port", free_port(), *script, "--config", str(config_file)]
+
+
+def _gpus() -> list[str]:
+    """The numbers of the GPUs that may be used. DeepSpeed's --num_gpus would count from 0, whatever is visible."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    numbers = [number.strip() for number in visible.split(",") if number.strip()]
+    if not torch.cuda.device_count():
+        return []
+    if not all(number.isdecimal() for number in numbers):
+        rule = "must be numbers, which are what DeepSpeed's launcher understands"
+        raise UserError(Problem("CUDA_VISIBLE_DEVICES", rule, "write those that `nvidia-smi -L` shows", visible))
+    return numbers[: torch.cuda.device_count()] or [str(number) for number in range(torch.cuda.device_count())]
 
 
 def run_launcher(command: list[str]) -> int:
@@ -95,6 +125,8 @@ def run_launcher(command: list[str]) -> int:
         "DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
     }
+    # The command names the GPUs; DeepSpeed would say at length that it leaves this aside.
+    environment.pop("CUDA_VISIBLE_DEVICES", None)
     quiet = [command[0], "-q", *command[1:]]
     # In a session of its own, so that the terminal's Ctrl-C reaches us alone and not the launcher, which would kill.
     process = subprocess.Popen(quiet, env=environment, start_new_session=True)
@@ -113,36 +145,79 @@ def run_launcher(command: list[str]) -> int:
 
 
 def check_torch() -> None:
-    """Say so where there is an NVIDIA GPU and a PyTorch that cannot use it."""
-    if torch.version.cuda is None and shutil.which("nvidia-smi"):
-        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-        if listing.returncode == 0 and listing.stdout.strip():
-            raise UserError(
-                Problem(
-                    "torch",
-                    f"{torch.__version__} is a CPU build, but this machine has {listing.stdout.splitlines()[0]}",
-                    "rm -rf .venv, then the same command with TORCH='torch==2.13.0' and an index that has CUDA builds",
-                )
-            )
+    """Raise UserError where there is a GPU that the installed PyTorch cannot use."""
+    problem = None if os.environ.get("DS_ACCELERATOR") == "cpu" else unusable_gpu()
+    if problem:
+        raise UserError(problem)
 
 
-def _configuration(folder: Path, overrides: list[str]) -> TrainingConfig:
-    paths = {
-        "dataset_dir": str(folder / "shards"),
-        "tokenizer_path": str(folder / "tokenizer.json"),
-        "ckpt_dir": str(folder / "checkpoints"),
-        "log_file": str(folder / "log.csv"),
-        "load_ckpt": "auto",
-        # On CPUs without matrix units bf16 is slower than fp32 (1.5 times, measured with AVX-512).
-        "precision": "bf16" if torch.cuda.is_available() else "fp32",
-    }
+def _settings(overrides: list[str]) -> dict[str, Any]:
     changes: dict[str, Any] = {}
     for text in overrides:
         name, equals, value = text.partition("=")
         if not equals:
             raise UserError(Problem(text, "must be FIELD=VALUE", "for example n_layers=6"))
         changes[name] = value_of(name, value)
-    return load_config(None, {**read_settings(_READY_CONFIGURATION), **paths, **changes})
+    return changes
+
+
+def _configuration(folder: Path, changes: dict[str, Any], done: Checkpoint | None, ranks: int | None) -> TrainingConfig:
+    """The embedded configuration with these changes; or, where a run in the folder goes on, that run's."""
+    paths = {
+        "dataset_dir": str(folder / "shards"),
+        "tokenizer_path": str(folder / "tokenizer.json"),
+        "ckpt_dir": str(folder / "checkpoints"),
+        "log_file": str(folder / "log.csv"),
+        "load_ckpt": "auto",
+    }
+    if done is not None:
+        theirs = done.config().replace(**paths)
+        config = theirs.replace(**changes)
+        ours, saved = config.to_dict(), theirs.to_dict()
+        others = [name for name in changes if ours[name] != saved[name] and name != "training_tokens"]
+        if others:
+            remedy = "--fresh starts anew with it (the earlier run is moved aside), --dir DIR beside it"
+            rule = "is not what the run in {} has: {!r}"
+            raise UserError(
+                [Problem(name, rule.format(folder, saved[name]), remedy, ours[name]) for name in others],
+                "there is a run with other settings",
+            )
+        return config
+    config = load_config(None, {**read_settings(_READY_CONFIGURATION), **paths, **changes})
+    return config if "precision" in changes else config.replace(precision=_faster_precision(config, ranks))
+
+
+def _faster_precision(config: TrainingConfig, ranks: int | None) -> str:
+    """Half precision on a GPU; on a CPU what is faster there, which is measured: with matrix units for it a bf16 step
+    takes half the time of an fp32 one, and without them three times as long."""
+    if torch.cuda.is_available():
+        return half_precision()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, usable_cores() // (ranks or default_ranks(config))))
+    try:
+        seconds = {precision: _seconds_per_step(config, dtype) for precision, dtype in _TYPES.items()}
+    finally:
+        torch.set_num_threads(threads)
+    faster = min(seconds, key=lambda precision: seconds[precision])
+    told = ", ".join(f"{time * 1000:.0f} ms in {precision}" for precision, time in seconds.items())
+    _say(f"precision    {faster}: on this CPU a forward and backward of one sequence takes {told}")
+    return faster
+
+
+_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def _seconds_per_step(config: TrainingConfig, dtype: torch.dtype) -> float:
+    """The fastest forward and backward of one sequence, tried for a second."""
+    model = LLaMaTransformer(config.replace(vocab_size=DEFAULT_VOCABULARY), None).to(dtype)
+    tokens = torch.zeros((1, config.max_seq_len), dtype=torch.int64)
+    times: list[float] = []
+    begun = time.perf_counter()
+    while len(times) < 2 or time.perf_counter() - begun < 1.0:
+        started = time.perf_counter()
+        model(tokens, tokens).backward()
+        times.append(time.perf_counter() - started)
+    return min(times)
 
 
 def _make_data(folder: Path, config: TrainingConfig) -> None:

@@ -70,7 +70,12 @@ def list_checkpoints(ckpt_dir: str | Path) -> list[Path]:
     """The published checkpoints in a folder, oldest first; whether they are whole is not looked at."""
     folder = Path(ckpt_dir)
     found = [p for p in folder.glob("update_*") if p.is_dir() and _NAME.fullmatch(p.name)] if folder.is_dir() else []
-    return sorted(found, key=lambda p: int(p.name.removeprefix("update_")))
+    return sorted(found, key=update_of)
+
+
+def update_of(path: Path) -> int:
+    """The update that a checkpoint's folder is named after."""
+    return int(path.name.removeprefix("update_"))
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -140,7 +145,7 @@ def choose(config: TrainingConfig, warn: Any = None) -> Checkpoint | None:
 def _refuse_to_overwrite(chosen: Checkpoint, existing: list[Path], config: TrainingConfig) -> None:
     """A resume from an older checkpoint, or from another run's, would replace what lies ahead of it in ckpt_dir."""
     elsewhere = chosen.path.parent.resolve() != Path(config.ckpt_dir).resolve()
-    ahead = [p for p in existing if elsewhere or int(p.name.removeprefix("update_")) > chosen.update]
+    ahead = [p for p in existing if elsewhere or update_of(p) > chosen.update]
     if ahead:
         rule = f"holds {ahead[-1].name}, which a run from {chosen.path} would write over"
         remedy = "use another --ckpt_dir, or move those checkpoints away"

@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 from dsllama.config import TrainingConfig
 from dsllama.errors import Problem, UserError
+from dsllama.machine import missing_compiler, unusable_gpu
 from dsllama.optimizer import parameter_groups, settings_of
 from dsllama.scheduler import DEEPSPEED_NAME, Scheduler
 
@@ -34,6 +35,8 @@ TAG = "engine"
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+# Whether it is a CPU because torch has found no GPU, and not because somebody said so.
+_fell_back = False
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,11 @@ def start(rank: int, world_size: int) -> World:
 def accelerator() -> str:
     """ "cuda" or "cpu": what DeepSpeed trains on here, and is told to."""
     # Left alone, DeepSpeed warns on a machine without a GPU that it could not find one.
-    return os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    global _fell_back
+    if "DS_ACCELERATOR" not in os.environ:
+        _fell_back = not torch.cuda.is_available()
+        os.environ["DS_ACCELERATOR"] = "cpu" if _fell_back else "cuda"
+    return os.environ["DS_ACCELERATOR"]
 
 
 def unsupported_here(config: TrainingConfig, ds_config: Json) -> list[Problem]:
@@ -108,11 +115,16 @@ def unsupported_here(config: TrainingConfig, ds_config: Json) -> list[Problem]:
     if not on_cpu and int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
         rule = f"is more than the {torch.cuda.device_count()} GPUs of this host"
         problems.append(Problem("ranks", rule, "use --num_gpus with the number of GPUs"))
+    if _fell_back and (unusable := unusable_gpu()):
+        problems.append(unusable)
+    if config.enable_compilation and not on_cpu and (missing := missing_compiler()):
+        rule = f"needs {missing} at the start"
+        problems.append(Problem("enable_compilation", rule, "install it, or switch compilation off"))
     builds_operations = bool(devices - {"none"}) and zero.get("offload_optimizer") is not None
     if builds_operations or config.enable_compilation:
         _find_ninja()
-        missing = {"c++": "g++", "ninja": "ninja"} if builds_operations else {"c++": "g++"} if on_cpu else {}
-        packages = [package for command, package in missing.items() if shutil.which(command) is None]
+        tools = {"c++": "g++", "ninja": "ninja"} if builds_operations else {"c++": "g++"} if on_cpu else {}
+        packages = [package for command, package in tools.items() if shutil.which(command) is None]
         what = "offload_optimizer" if builds_operations else "enable_compilation"
         if packages:
             rule = f"compiles code at the start, and {' and '.join(packages)} cannot be found"

@@ -12,7 +12,9 @@ import csv
 import fcntl
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any
 
@@ -111,10 +113,10 @@ class Report:
         with samples_file(self.log_file).open("a", encoding="utf-8") as file:
             file.writelines(f"=== update {update}, {tokens} tokens ===\n{text}\n\n" for text in texts)
 
-    def plot(self) -> Path:
-        """Draw loss and learning rate of all rows so far; returns the PNG's path."""
+    def plot(self, checkpoints: Sequence[int] = ()) -> Path:
+        """Draw loss and learning rate of all rows so far; returns the PNG's path. checkpoints: in tokens."""
         self._events.flush()
-        return plot_log(self.log_file)
+        return plot_log(self.log_file, checkpoints)
 
     def close(self) -> None:
         """Flush and close the files."""
@@ -175,30 +177,47 @@ def _is_sound(row: dict[str, str]) -> bool:
     return None not in row and None not in row.values()
 
 
-def plot_log(log_file: Path) -> Path:
-    """The loss and the learning rate of a log, against tokens, as a PNG beside it."""
+def plot_log(log_file: Path, checkpoints: Sequence[int] = ()) -> Path:
+    """The loss and the learning rate of a log, against tokens, as a PNG beside it; checkpoints: in tokens."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
 
     rows = read_log(log_file)
-    tokens = [int(row["tokens_total"]) for row in rows]
+    tokens, losses = [int(row["tokens_total"]) for row in rows], [float(row["loss"]) for row in rows]
     figure = Figure(figsize=(8, 6), layout="constrained")
     loss_axes, rate_axes = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
-    loss_axes.plot(tokens, [float(row["loss"]) for row in rows], label="training")
+    loss_axes.plot(tokens, losses, color="tab:blue", alpha=0.35, linewidth=1, label="training")
+    loss_axes.plot(tokens, smoothed(losses), color="tab:blue", label="training, smoothed")
     validated = [
         (t, float(row["validation_loss"])) for t, row in zip(tokens, rows, strict=True) if row["validation_loss"]
     ]
     if validated:
-        loss_axes.plot(*zip(*validated, strict=True), "o-", markersize=3, label="validation")
-        loss_axes.legend()
+        loss_axes.plot(*zip(*validated, strict=True), "o-", color="tab:orange", markersize=3, label="validation")
+    if checkpoints:
+        # On the lower edge, whatever the loss is there.
+        edge = {"transform": loss_axes.get_xaxis_transform(), "clip_on": False}
+        loss_axes.plot(checkpoints, [0] * len(checkpoints), "^", color="tab:red", label="checkpoint", **edge)
+    loss_axes.legend()
+    last = f": loss {losses[-1]:.4f} after {readable(tokens[-1])} tokens" if rows else ""
+    loss_axes.set_title(f"{log_file}{last}", fontsize="medium")
     loss_axes.set_ylabel("loss (nats per token)")
-    loss_axes.grid(alpha=0.3)
     rate_axes.plot(tokens, [float(row["learning_rate"]) for row in rows], color="tab:green")
     rate_axes.set_ylabel("learning rate")
     rate_axes.set_xlabel("tokens")
-    rate_axes.grid(alpha=0.3)
+    rate_axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: readable(value)))
+    for axes in (loss_axes, rate_axes):
+        axes.grid(alpha=0.3)
     path = log_file.with_suffix(".png")
     figure.savefig(path, dpi=110)
     return path
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """The mean of each value and its neighbours, a twentieth of all in width; fewer at the ends."""
+    reach = max(1, len(values) // 40)
+    sums = [0.0, *accumulate(values)]
+    spans = [(max(0, place - reach), min(len(values), place + reach + 1)) for place in range(len(values))]
+    return [(sums[stop] - sums[start]) / (stop - start) for start, stop in spans]
 
 
 def is_log(path: Path) -> bool:

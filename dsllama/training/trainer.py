@@ -27,12 +27,15 @@ from dsllama.data.tokenizer import Tokenizer
 from dsllama.derived import Derived
 from dsllama.machine import peak_memory_gib, peak_tflops, versions
 from dsllama.model import IGNORE_INDEX, LLaMaTransformer
+from dsllama.sizes import readable_duration
 from dsllama.training import checkpoint as checkpoints
 from dsllama.training import engine as deepspeed_engine
 from dsllama.training.checkpoint import Checkpoint
 from dsllama.training.engine import World
 from dsllama.training.reporting import Report, Row, perplexity
 from dsllama.training.stopping import StopRequest
+
+_LONG_UPDATE_SECONDS = 10.0
 
 
 class TrainingFailed(Exception):
@@ -175,6 +178,8 @@ class Trainer:
             if self.norm_from_gradients and micro_step == steps:
                 grad_norm = deepspeed_engine.plain_gradient_norm(self.engine)
             deepspeed_engine.step(self.engine)
+            if micro_step == 1 and self.update == self.first_update:
+                self._say_when(self.clock.seconds, steps)
         sums[0] *= self.config.batch_size * self.config.max_seq_len  # the model divides by all positions
         sums[2] += bool(self.stop)
         dist.all_reduce(sums)
@@ -184,6 +189,16 @@ class Trainer:
             grad_norm if self.norm_from_gradients else deepspeed_engine.gradient_norm(self.engine),
             requests > 0,
         )
+
+    def _say_when(self, seconds: float, steps: int) -> None:
+        """After the first micro-step: when the first row is to be expected, if that is not soon."""
+        rest = seconds * (steps - 1)
+        if rest > _LONG_UPDATE_SECONDS and self.world.is_main:
+            print(
+                f"first row    in about {readable_duration(rest)}: an update is {steps} micro-steps, the first took "
+                f"{readable_duration(seconds)}",
+                flush=True,
+            )
 
     @property
     def tokens(self) -> int:
@@ -302,8 +317,13 @@ class Trainer:
         if self.report is not None:
             size = sum(entry["bytes"] for entry in self.last_checkpoint.manifest["files"].values())
             with self.clock.paused():
-                self.report.plot()
+                self.report.plot(self._tokens_saved())
             print(f"saved {self.last_checkpoint.path} ({size / 2**20:.0f} MiB in {clock.seconds:.1f} s)", flush=True)
+
+    def _tokens_saved(self) -> list[int]:
+        """Where there is a checkpoint, in tokens."""
+        found = checkpoints.list_checkpoints(self.config.ckpt_dir)
+        return [checkpoints.update_of(path) * self.config.tokens_per_update for path in found]
 
     def _resume(self, source: Checkpoint) -> None:
         fresh = self.scheduler.state_dict()

@@ -77,6 +77,14 @@ def test_events_of_runs_are_kept_apart_and_a_resumed_run_goes_on_in_its_own(tmp_
     assert [events(*start) for start in starts] == ["a-1", "b-1", "a-2", "a-2", "b-1", "c-1"]
 
 
+def test_the_smoothed_line_is_the_mean_of_neighbours() -> None:
+    from dsllama.training.reporting import smoothed
+
+    assert smoothed([3.0]) == [3.0] and smoothed([]) == []
+    assert smoothed([1.0, 2.0, 6.0, 3.0]) == [1.5, 3.0, pytest.approx(11 / 3), 4.5]
+    assert smoothed([5.0] * 1000) == pytest.approx([5.0] * 1000)
+
+
 def test_rows_that_are_none_are_moved_aside_with_those_that_a_resumed_run_makes_anew(tmp_path: Path) -> None:
     from dsllama.training.reporting import COLUMNS, Report, read_log
 
