@@ -13,8 +13,9 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,55 +89,32 @@ class Read:
 
 @dataclass(frozen=True)
 class Block:
-    """A part of the input that any process can read by itself; one of `texts`, `lines`, `rows`, `ready` is filled.
+    """A part of the input that any process can read by itself.
 
-    text_field: of the JSON objects. following: the place after it. disk_bytes: its share of the files' sizes.
-    texts: whole small .txt files. lines, rows: of `file`, the first of them being number `first`. ready: read already.
-    cut: whether large texts pass in chunks.
+    items: gives what it holds, when it is called. disk_bytes: its share of the files' sizes. following: the place
+    after it. cut: whether large texts pass in chunks.
     """
 
-    text_field: str = "text"
-    following: Cursor = field(default_factory=Cursor)
+    items: Callable[[], Iterable[Document | BadRecord]]
     disk_bytes: int = 0
-    file: str = ""
-    first: int = 1
-    texts: tuple[str, ...] = ()
-    lines: bytes = b""
-    rows: Sequence[Any] = ()
-    ready: tuple[Document | BadRecord, ...] = ()
+    following: Cursor = field(default_factory=Cursor)
     cut: bool = True
 
     def read(self) -> Read:
         """The documents in this block, and what was wrong. Raises nothing for bad input."""
         found = Read()
-        for item in self._items():
+        for item in self.items():
             if isinstance(item, BadRecord):
                 found.bad_records.append(item)
+            elif self.cut and item.starts and item.ends:
+                chunks = list(chunks_of_text(item.text))
+                found.documents += [
+                    item._replace(text=text, starts=number == 0, ends=ends)
+                    for number, (text, ends) in enumerate(chunks)
+                ]
             else:
                 found.documents.append(item)
         return found
-
-    def _items(self) -> Iterator[Document | BadRecord]:
-        yield from self._chunks(self.ready)
-        for file in self.texts:
-            yield _read_text(file)
-        if self.lines:
-            # The mark is no part of the text, and legal only at the very beginning of a file.
-            data = self.lines.removeprefix(_BYTE_ORDER_MARK) if self.first == 1 else self.lines
-            for number, line in enumerate(data.split(b"\n"), self.first):
-                yield from self._chunks(_read_line(line, self.file, number, self.text_field))
-        for number, value in enumerate(self.rows, self.first):
-            yield from self._chunks([_checked(value, self.file, number, f"{self.file}: row {number}", self.text_field)])
-
-    def _chunks(self, items: Iterable[Document | BadRecord]) -> Iterator[Document | BadRecord]:
-        for item in items:
-            if isinstance(item, BadRecord) or not (self.cut and item.starts and item.ends):
-                yield item
-                continue
-            starts = True
-            for text, ends in chunks_of_text(item.text):
-                yield item._replace(text=text, starts=starts, ends=ends)
-                starts = False
 
 
 def input_files(inputs: Iterable[str | Path]) -> list[Path]:
@@ -200,7 +178,7 @@ def blocks(
         size = path.stat().st_size if os.path.isfile(path) else 0
         is_small = path.suffix.lower() == ".txt" and size <= CHUNK_CHARACTERS
         if small and (not is_small or small_bytes >= BLOCK_BYTES or len(small) >= _FILES_PER_BLOCK):
-            yield Block(text_field, Cursor(number), small_bytes, texts=tuple(small))
+            yield Block(partial(_read_texts, tuple(small)), small_bytes, Cursor(number))
             small, small_bytes = [], 0
         if is_small:
             small.append(str(path))
@@ -209,9 +187,9 @@ def blocks(
         skip = start.block if number == start.file else 0
         for count, block in enumerate(_blocks_of(path, size, text_field, cut), 1):
             if count > skip:
-                yield replace(block, text_field=text_field, cut=cut, following=Cursor(number, count))
+                yield replace(block, cut=cut, following=Cursor(number, count))
     if small:
-        yield Block(text_field, Cursor(len(files)), small_bytes, texts=tuple(small))
+        yield Block(partial(_read_texts, tuple(small)), small_bytes, Cursor(len(files)))
 
 
 def _blocks_of(path: Path, size: int, text_field: str, cut: bool) -> Iterator[Block]:
@@ -223,7 +201,7 @@ def _blocks_of(path: Path, size: int, text_field: str, cut: bool) -> Iterator[Bl
         if name.endswith(".parquet"):
             found = _row_blocks(path, size, text_field)
         else:
-            found = _text_blocks(path, size, cut) if name.endswith(_TEXTS) else _line_blocks(path)
+            found = _text_blocks(path, size, cut) if name.endswith(_TEXTS) else _line_blocks(path, text_field)
         for block in found:
             anything = True
             yield block
@@ -236,7 +214,7 @@ def _blocks_of(path: Path, size: int, text_field: str, cut: bool) -> Iterator[Bl
     else:
         if anything:
             return
-    yield Block(ready=(bad,))
+    yield Block(partial(tuple, (bad,)))
 
 
 def _packed_text(path: Path, size: int) -> Iterator[Block]:
@@ -248,9 +226,9 @@ def _packed_text(path: Path, size: int) -> Iterator[Block]:
         text = data.removeprefix(_BYTE_ORDER_MARK).decode("utf-8")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        yield Block(disk_bytes=size, ready=(_not_utf8(f"{path}:{line}", error.object[error.start]),))
+        yield Block(partial(tuple, (_not_utf8(f"{path}:{line}", error.object[error.start]),)), size)
     else:
-        yield Block(disk_bytes=size, ready=(Document(str(path), 1, text),))
+        yield Block(partial(tuple, (Document(str(path), 1, text),)), size)
 
 
 def _text_blocks(path: Path, size: int, cut: bool) -> Iterator[Block]:
@@ -258,39 +236,43 @@ def _text_blocks(path: Path, size: int, cut: bool) -> Iterator[Block]:
         yield from _packed_text(path, size)
         return
     if not cut:
-        yield Block(disk_bytes=size, texts=(str(path),))
+        yield Block(partial(_read_texts, (str(path),)), size)
         return
     # Looked through first, so that a document is left out wholly or not at all.
     error = utf8_error(path)
     if error is not None:
-        yield Block(disk_bytes=size, ready=(_not_utf8(f"{path}:{error.line}", error.byte),))
+        yield Block(partial(tuple, (_not_utf8(f"{path}:{error.line}", error.byte),)), size)
         return
     line, starts, before = 1, True, 0
     for text, ends, position in chunks_of_file(path):
-        yield Block(disk_bytes=position - before, ready=(Document(str(path), line, text, starts, ends),))
+        yield Block(partial(tuple, (Document(str(path), line, text, starts, ends),)), position - before)
         line, starts, before = line + text.count("\n"), False, position
 
 
-def _line_blocks(path: Path) -> Iterator[Block]:
+def _line_blocks(path: Path, text_field: str) -> Iterator[Block]:
     line, before = 1, 0
     for data, position in readers.lines(path):
         if isinstance(data, LineTooLong):
             problem = Problem(f"{path}:{line}", f"is a line of more than {data.limit >> 20} MiB", _SKIP)
-            yield Block(disk_bytes=position - before, ready=(BadRecord("line too long", problem),))
+            yield Block(partial(tuple, (BadRecord("line too long", problem),)), position - before)
             line, before = line + 1, position
         else:
-            yield Block(disk_bytes=position - before, file=str(path), first=line, lines=data)
+            yield Block(partial(_read_lines, data, str(path), line, text_field), position - before)
             line, before = line + data.count(b"\n"), position
 
 
 def _row_blocks(path: Path, size: int, text_field: str) -> Iterator[Block]:
     first = 1
     for rows, total in readers.parquet_rows(path, text_field):
-        yield Block(disk_bytes=size * len(rows) // total, file=str(path), first=first, rows=rows)
+        yield Block(partial(_read_rows, rows, str(path), first, text_field), size * len(rows) // total)
         first += len(rows)
 
 
 # ------------------------------------------------------------ blocks to documents
+
+
+def _read_texts(files: tuple[str, ...]) -> Iterator[Document | BadRecord]:
+    yield from map(_read_text, files)
 
 
 def _read_text(file: str) -> Document | BadRecord:
@@ -306,21 +288,30 @@ def _read_text(file: str) -> Document | BadRecord:
     return Document(file, 1, text) if text else _empty(file)
 
 
-def _read_line(line: bytes, file: str, number: int, text_field: str) -> Iterator[Document | BadRecord]:
+def _read_lines(data: bytes, file: str, first: int, text_field: str) -> Iterator[Document | BadRecord]:
+    # The mark is no part of the text, and legal only at the very beginning of a file.
+    data = data.removeprefix(_BYTE_ORDER_MARK) if first == 1 else data
+    for number, line in enumerate(data.split(b"\n"), first):
+        if line and not line.isspace():
+            yield _read_line(line, file, number, text_field)
+
+
+def _read_line(line: bytes, file: str, number: int, text_field: str) -> Document | BadRecord:
     where = f"{file}:{number}"
-    if not line or line.isspace():
-        return
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        yield _not_utf8(where, error.object[error.start])
+        return _not_utf8(where, error.object[error.start])
     except (ValueError, RecursionError) as error:
-        yield BadRecord("bad JSON", Problem(where, f"is not JSON ({error})", _SKIP))
-    else:
-        if isinstance(record, dict) and text_field in record:
-            yield _checked(record[text_field], file, number, where, text_field)
-        else:
-            yield _no_field(where, text_field, record)
+        return BadRecord("bad JSON", Problem(where, f"is not JSON ({error})", _SKIP))
+    if isinstance(record, dict) and text_field in record:
+        return _checked(record[text_field], file, number, where, text_field)
+    return _no_field(where, text_field, record)
+
+
+def _read_rows(rows: Sequence[Any], file: str, first: int, text_field: str) -> Iterator[Document | BadRecord]:
+    for number, value in enumerate(rows, first):
+        yield _checked(value, file, number, f"{file}: row {number}", text_field)
 
 
 def _checked(value: Any, file: str, number: int, where: str, text_field: str) -> Document | BadRecord:
