@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, get_args, get_origin
 
 from dsllama.config import TrainingConfig, choices_of, load_config
 from dsllama.errors import Problem, UserError, did_you_mean
+from dsllama.paths import parse_path
 
 _BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
@@ -44,37 +45,39 @@ class Parser(argparse.ArgumentParser):
             self._mixing = False
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(Problem("command line", message, f"see {self.prog} --help"))
+        remedy = f"see {self.prog} --help"
+        if "expected one argument" in message:
+            remedy = "write it behind the option; a value that begins with - as --option=-value"
+        raise UserError(Problem("command line", message, remedy))
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
         parsed, rest = self.parse_known_args(args, namespace)
-        known = self._option_names()
         # A value that has no option before it belongs to the unknown option that it follows.
         unknown = [word for word in rest if word.startswith("--")] or rest
         if unknown:
-            names = [word.split("=")[0].lstrip("-") for word in unknown]
-            raise UserError(
-                [
-                    Problem(
-                        word.split("=")[0],
-                        "there is no such option",
-                        did_you_mean(name, known, f"see {self.prog} --help"),
-                    )
-                    for word, name in zip(unknown, names, strict=True)
-                ]
-            )
+            chosen = self._chosen(list(args or []))
+            names = [option.lstrip("-") for action in chosen._actions for option in action.option_strings]
+            problems = []
+            for word in unknown:
+                option = word.split("=")[0]
+                if option.startswith("-"):
+                    remedy = did_you_mean(option.lstrip("-"), names, f"see {chosen.prog} --help")
+                    problems.append(Problem(option, "there is no such option", remedy))
+                else:
+                    problems.append(Problem(word, "is a word too many", f"see {chosen.prog} --help"))
+            raise UserError(problems)
         return parsed
 
-    def _option_names(self) -> list[str]:
-        """Names of all options, of the verbs' too."""
-        names = [option.lstrip("-") for action in self._actions for option in action.option_strings]
+    def _chosen(self, words: list[str]) -> argparse.ArgumentParser:
+        """The parser of the verb that was called, or this one."""
         verbs = [action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)]
-        return names + [name for choices in verbs for verb in choices.values() for name in verb._option_names()]
+        return next((verb[word] for verb in verbs for word in words if word in verb), self)
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
     """Add `--config` and one option per field of TrainingConfig."""
-    parser.add_argument("--config", metavar="FILE", default=None, help="YAML or JSON file with the fields below")
+    text = "YAML or JSON file with the fields below"
+    parser.add_argument("--config", metavar="FILE", type=read_with(parse_path), default=None, help=text)
     group = parser.add_argument_group("configuration (each overrides the file)")
     for name, field in TrainingConfig.model_fields.items():
         choices = choices_of(field.annotation)
@@ -87,6 +90,18 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
         elif get_origin(field.annotation) is list:
             options |= {"nargs": "*"}
         group.add_argument(f"--{name}", **options)
+
+
+def read_with(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """An argparse type that reads a word with a function that raises ValueError."""
+
+    def read(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} {error}") from None
+
+    return read
 
 
 def config_from(arguments: argparse.Namespace) -> TrainingConfig:
@@ -103,7 +118,8 @@ def value_of(name: str, text: Any) -> Any:
     kinds, lowered = {field.annotation, *get_args(field.annotation)}, text.strip().lower()
     if any(get_origin(kind) is list for kind in kinds):
         return [text]
-    if lowered in ("null", "none") and type(None) in kinds and "none" not in choices_of(field.annotation):
+    nothing = ("null",) if "none" in choices_of(field.annotation) else ("null", "none")
+    if lowered in nothing and type(None) in kinds:
         return None
     return _BOOLEANS.get(lowered, text) if bool in kinds else text
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from dsllama import arguments, console
-from dsllama.arguments import Parser
-from dsllama.errors import EXIT_USER_ERROR, UserError
+from dsllama.arguments import Parser, read_with
+from dsllama.errors import EXIT_USER_ERROR, UserError, is_explained, of_system
 from dsllama.paths import parse_path, parse_text
-from dsllama.sizes import parse_count
+from dsllama.sizes import parse_count, parse_number
 
 Verb = Callable[..., int]
 _CHECKPOINT = "a checkpoint, or a folder of them (the newest)"
@@ -24,13 +25,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.settle()
     try:
         options = vars(_parser().parse_args(sys.argv[1:] if argv is None else argv))
-        return options.pop("verb")(**options)
+        code = options.pop("verb")(**options)
     except UserError as error:
         print(error, file=sys.stderr)
+        return EXIT_USER_ERROR
+    except OSError as error:
+        if not is_explained(error):
+            raise
+        print(UserError(of_system(error)), file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    lost = console.lost()
+    if lost:
+        print(f"standard output could not be written ({lost})", file=sys.stderr)
+    return code or bool(lost)
 
 
 def _parser() -> Parser:
@@ -57,7 +67,7 @@ def _parser() -> Parser:
     sub = add("quickstart", _quickstart, "from the standard library's text to a trained small Llama, in minutes")
     sub.add_argument("--dir", dest="folder", type=_path, default=Path("runs/quickstart"), help="where everything goes")
     sub.add_argument("--fresh", action="store_true", help="start the training anew; the earlier run is moved aside")
-    sub.add_argument("--ranks", type=int, default=None, help="processes (default: GPUs, or 2 on a CPU with 2 cores)")
+    sub.add_argument("--ranks", type=_count, default=None, help="processes (default: GPUs, or 2 on a CPU with 2 cores)")
     sub.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help="settings of the run, such as n_layers=6")
 
     sub = add("corpus", _corpus, "gather the text that every CPython has into one JSONL file")
@@ -72,7 +82,7 @@ def _parser() -> Parser:
     add_texts(sub)
     sub.add_argument("--tokenizer", dest="tokenizer_path", type=_path, required=True, help="the tokenizer's JSON file")
     sub.add_argument("--out", dest="out_dir", type=_path, required=True, help="folder for the shards")
-    sub.add_argument("--workers", type=int, default=None, help="processes (default: one per core)")
+    sub.add_argument("--workers", type=_count, default=None, help="processes (default: one per core)")
     sub.add_argument("--shard_tokens", type=_count, default=100_000_000, help="tokens per shard")
 
     sub = add("config", _config, "check a configuration; print it, what follows from it, and the DeepSpeed JSON")
@@ -82,17 +92,18 @@ def _parser() -> Parser:
 
     sub = add("plot-schedule", _plot_schedule, "draw the three learning-rate schedules")
     sub.add_argument("--out", dest="path", type=_path, default=Path("schedules.png"), help="PNG file to write")
+    sub.add_argument("--overwrite", action="store_true", help="replace a file that is there")
     sub.add_argument("--training_steps", type=_count, default=100_000, help="updates")
     sub.add_argument("--warmup_steps", type=_count, default=1_000, help="updates of warmup")
-    sub.add_argument("--max_lr", type=float, default=1e-3, help="rate after warmup")
-    sub.add_argument("--min_lr", type=float, default=1e-4, help="rate at the end")
+    sub.add_argument("--max_lr", type=_number, default=1e-3, help="rate after warmup")
+    sub.add_argument("--min_lr", type=_number, default=1e-4, help="rate at the end")
 
     sub = add("generate", _generate, "continue a prompt with any checkpoint")
     sub.add_argument("--checkpoint", type=_path, required=True, help=_CHECKPOINT)
     sub.add_argument("--prompt", dest="text", type=_text, required=True, help="text to continue")
     sub.add_argument("--max_new_tokens", type=_count, default=128, help="longest continuation")
-    sub.add_argument("--temperature", type=float, default=0.8, help="0 for greedy")
-    sub.add_argument("--top_p", type=float, default=0.95, help="nucleus")
+    sub.add_argument("--temperature", type=_number, default=0.8, help="0 for greedy")
+    sub.add_argument("--top_p", type=_number, default=0.95, help="nucleus")
     sub.add_argument("--seed", type=_count, help="for the same text again (default: another one each time)")
 
     sub = add("export", _export, "write a checkpoint in the Hugging Face layout")
@@ -112,23 +123,18 @@ class _Versions(argparse.Action):
         parser.exit()
 
 
-def _count(text: str) -> int:
-    return _read(parse_count, text)
+def _as_path(text: str) -> Path:
+    return Path(parse_path(text, any_bytes=True))
 
 
-def _path(text: str) -> Path:
-    return Path(_read(parse_path, text))
+def _as_finite(text: str) -> float:
+    number = parse_number(text)
+    if not math.isfinite(number):
+        raise ValueError("must be a finite number")
+    return number
 
 
-def _text(text: str) -> str:
-    return _read(parse_text, text)
-
-
-def _read(parse: Callable[[str], Any], text: str) -> Any:
-    try:
-        return parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} {error}") from None
+_count, _number, _path, _text = map(read_with, (parse_count, _as_finite, _as_path, parse_text))
 
 
 # Each verb imports what it needs: torch takes seconds, which a mistake, or `--help`, should not cost.
@@ -176,13 +182,14 @@ def _config(world_size: int, only: str, **fields: Any) -> int:
     from dsllama.deepspeed_config import deepspeed_config, engine_lines
     from dsllama.derived import DEFAULT_VOCABULARY, derive
     from dsllama.training.engine import accelerator
+    from dsllama.training.run import vocabulary
 
     config = arguments.config_from(argparse.Namespace(**fields))
     note = []
-    if config.vocab_size is not None:
+    if Path(config.tokenizer_path).exists():
+        vocab_size = vocabulary(config, Tokenizer.load(config.tokenizer_path).vocab_size)
+    elif config.vocab_size is not None:
         vocab_size = config.vocab_size
-    elif Path(config.tokenizer_path).exists():
-        vocab_size = Tokenizer.load(config.tokenizer_path).vocab_size
     else:
         vocab_size = DEFAULT_VOCABULARY
         note = [f"             the vocabulary is assumed: there is no {config.tokenizer_path} yet"]

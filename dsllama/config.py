@@ -10,6 +10,7 @@ The fields that the textbook names keep its names and defaults.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -249,20 +250,23 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise UserError(Problem(str(path), "is nested too deeply", "it needs `field: value` lines only")) from None
     except _GivenTwice as error:
         raise UserError(Problem(str(path), str(error), "keep one of them")) from None
-    except ValueError as error:  # of a value with a tag, such as !!timestamp
-        raise UserError(Problem(str(path), f"holds a value that is none ({error})", "put it in quotes")) from None
+    except (ValueError, KeyError, IndexError, AttributeError, TypeError) as error:  # of a value such as `!!int x`
+        rule = f"holds a value that is none ({error})"
+        raise UserError(Problem(str(path), rule, "leave its tag out, or write a shorter number")) from None
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UserError(Problem(str(path), "must hold `field: value` lines", "see configs/quickstart.yaml", values))
+        rule = "must hold an object { ... }" if path.suffix == ".json" else "must hold `field: value` lines"
+        raise UserError(Problem(str(path), rule, "configs/ and ds_configs/ have examples", values))
     return {str(name): value for name, value in values.items()}
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without its worst surprises: a key given twice is an error, not the last one; a date is text."""
+    """YAML without its worst surprises: a key given twice is an error, not the last one; a date is text, 010 is ten and
+    1:30 no number at all."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012
-        letter: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+        letter: [(tag, rule) for tag, rule in resolvers if tag.split(":")[-1] not in ("timestamp", "int", "float")]
         for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -279,6 +283,21 @@ class _Loader(yaml.SafeLoader):
                 )
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
+
+
+# No more than what YAML's own writer takes for numbers: what it leaves without quotes stays text.
+_INTEGER = r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)"
+_FLOAT = r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)([eE][-+][0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+_Loader.add_implicit_resolver("dsllama", re.compile(f"^({_INTEGER}|{_FLOAT})$"), list("-+.0123456789"))
+
+
+def _construct_number(loader: _Loader, node: yaml.ScalarNode) -> int | float:
+    text = node.value.replace("_", "").lower()
+    is_integer = re.fullmatch(_INTEGER, text)
+    return int(text, 0) if is_integer else float(text.replace(".inf", "inf").replace(".nan", "nan"))
+
+
+_Loader.add_constructor("dsllama", _construct_number)
 
 
 class _GivenTwice(ValueError):

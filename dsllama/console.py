@@ -9,6 +9,7 @@ import contextlib
 import io
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -17,15 +18,25 @@ class _Sturdy(io.TextIOBase):
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
+        self.lost = ""
 
     def write(self, text: str) -> int:
-        with contextlib.suppress(OSError, ValueError):  # a full disk, a closed pipe or file
+        with self._noting():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
+        with self._noting():
             self._stream.flush()
+
+    @contextlib.contextmanager
+    def _noting(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:  # the reader has had enough
+            pass
+        except (OSError, ValueError) as error:  # a full disk, a closed file
+            self.lost = getattr(error, "strerror", None) or str(error)
 
     def fileno(self) -> int:
         return self._stream.fileno()
@@ -47,6 +58,12 @@ class _Sturdy(io.TextIOBase):
     @property
     def errors(self) -> str | None:  # type: ignore[override]
         return self._stream.errors
+
+
+def lost() -> str:
+    """Why something that was said on standard output is lost; empty where all of it was written."""
+    sys.stdout.flush()
+    return sys.stdout.lost if isinstance(sys.stdout, _Sturdy) else ""
 
 
 def settle() -> None:

@@ -20,6 +20,7 @@ from dsllama.config import TrainingConfig
 from dsllama.derived import Derived
 from dsllama.errors import Problem, UserError
 from dsllama.overlay import Json, leaves, merge, read_overlay, said, unsound
+from dsllama.paths import parse_path
 from dsllama.scheduler import DEEPSPEED_NAME
 
 # DeepSpeed allocates whole buckets; larger ones than this gain nothing measurable and cost small GPUs dearly.
@@ -50,7 +51,7 @@ def zero_settings(config: TrainingConfig, overlay: Json) -> ZeroSettings:
     states, params = (part if isinstance(part, dict) else {} for part in parts.values())
 
     def first(*values: Any) -> Any:
-        return next(value for value in values if value not in (None, "auto"))
+        return next((value for value in values if value not in (None, "auto")), None)
 
     asked = first(config.zero_stage, zero.get("stage"), 1)
     # DeepSpeed's own stage 0 is right in fp32 only. In bf16 its wrapper sums gradients in bf16 and steps once at its
@@ -62,7 +63,7 @@ def zero_settings(config: TrainingConfig, overlay: Json) -> ZeroSettings:
         asked_stage=asked,
         offload_optimizer=first(config.offload_optimizer, states.get("device"), "none"),
         offload_params=first(config.offload_params, params.get("device"), "none"),
-        nvme_path=first(config.nvme_path, states.get("nvme_path"), params.get("nvme_path"), ""),
+        nvme_path=parse_path(first(config.nvme_path, states.get("nvme_path"), params.get("nvme_path"), None)),
     )
 
 
@@ -229,7 +230,9 @@ def _contradictions(binding: Json, overlay: Json, config: TrainingConfig) -> Ite
             yield Problem(
                 f"{config.deepspeed_overlay}: {'.'.join(path)}",
                 f"contradicts the configuration, which gives {json.dumps(derived[path])} ({_origin(path)})",
-                'leave it out of the overlay or write "auto", and set it in the configuration',
+                "leave it out of the overlay"
+                if path[-1] in ("type", "torch_adam", "fused")
+                else 'leave it out of the overlay or write "auto", and set it in the configuration',
                 value,
             )
     # An offload that the configuration rules out is not a leaf of the binding, so it is compared by itself.
@@ -248,7 +251,7 @@ def _contradictions(binding: Json, overlay: Json, config: TrainingConfig) -> Ite
 def _stray_autos(complete: Json, overlay: Json, config: TrainingConfig) -> Iterator[Problem]:
     known = dict(leaves(complete))
     for path, value in leaves(overlay):
-        if value == "auto" and path not in known:
+        if value == "auto" and not any(other[: len(path)] == path for other in known):
             yield Problem(
                 f"{config.deepspeed_overlay}: {'.'.join(path)}",
                 "nothing derives this value",

@@ -78,6 +78,16 @@ def remedy_for(error: OSError, otherwise: str = "check the path") -> str:
     return _REMEDIES.get(error.errno or 0, otherwise)
 
 
+def is_explained(error: OSError) -> bool:
+    """Whether the user can mend it: no permission, no space, a name too long ..."""
+    return error.errno in _REMEDIES
+
+
+def of_system(error: OSError) -> Problem:
+    """Such an error as a problem."""
+    return Problem(str(error.filename), f"cannot be used ({error.strerror})", remedy_for(error))
+
+
 _REMEDIES = {
     errno.EACCES: "check its permissions",
     errno.EPERM: "check its permissions",
@@ -100,6 +110,8 @@ _BRIEFLY.maxlevel, _BRIEFLY.maxstring, _BRIEFLY.maxother = 3, 200, 200
 def _shorten(value: Any) -> str:
     # From the middle: of a path, the file's name at its end says most. Aliases in YAML can make a few lines a value
     # whose full text would be gigabytes.
+    if isinstance(value, int) and abs(value) > 2**64:
+        return "an integer of more than 64 bits"
     text = repr(value) if isinstance(value, (str, int, float)) else _BRIEFLY.repr(value)
     half = (_MOST_LETTERS - 3) // 2
     return text if len(text) <= _MOST_LETTERS else f"{text[:half]}...{text[-half:]}"

@@ -13,8 +13,9 @@ _MARK = "# Written by dsllama; left alone once it is edited. sha256 of the rest:
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file in one step, durably: a reader sees the old one or the new one, never half of it. Raises OSError."""
+    path = Path(os.path.realpath(path))  # of a link, the file that it names
     # Always the same name: what a kill leaves behind is used up by the next attempt.
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.dsllama.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(content.encode("utf-8") if isinstance(content, str) else content)

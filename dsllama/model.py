@@ -234,7 +234,7 @@ class LLaMaTransformer(nn.Module):
         need it. Training's random state and mode are left as they were.
         Raises UserError for values out of range, an unknown eos_token or a model without a tokenizer.
         """
-        problems = sampling_problems(max_new_tokens, temperature, top_p)
+        problems = sampling_problems(max_new_tokens, temperature, top_p, seed)
         eos_id = None
         if self.tokenizer is None:
             rule = "is needed to read text, and this model was built without one"

@@ -98,7 +98,7 @@ def _unsound(section: Json, known: Json, file: str, path: tuple[str, ...]) -> It
             instead = _ELSEWHERE.get(key)
             rule = f"has no effect here: {instead}" if instead else "DeepSpeed has no such key here"
             yield Problem(where, rule, "leave it out" if instead else did_you_mean(str(key), known, _REFERENCE))
-        elif isinstance(known[key], dict) and value is not None:
+        elif isinstance(known[key], dict) and value is not None and value != "auto":
             if isinstance(value, dict):
                 yield from _unsound(value, known[key], file, (*path, str(key)))
             else:

@@ -7,10 +7,11 @@ import re
 from typing import Any
 
 
-def parse_path(value: Any) -> Any:
+def parse_path(value: Any, any_bytes: bool = False) -> Any:
     """Text with `~` and environment variables replaced, as a shell does it; other types pass through unchanged.
 
-    What exists under its literal name is meant literally. Raises ValueError for what no path can be.
+    What exists under its literal name is meant literally. any_bytes: let a name pass that is not UTF-8, which no
+    configuration file could hold. Raises ValueError for what no path can be.
     """
     if not isinstance(value, str):
         return value
@@ -19,7 +20,7 @@ def parse_path(value: Any) -> Any:
     if "\0" in value:
         raise ValueError("must not hold a NUL character")
     try:
-        value.encode("utf-8")
+        value.encode("utf-8", "surrogateescape" if any_bytes else "strict")
     except UnicodeEncodeError:
         raise ValueError("must be UTF-8") from None
     if os.path.lexists(value):

@@ -30,6 +30,7 @@ from dsllama.errors import Problem, UserError
 from dsllama.files import write_own
 from dsllama.machine import half_precision, unusable_gpu, usable_cores
 from dsllama.model import LLaMaTransformer
+from dsllama.rules import check_world_size
 from dsllama.sizes import readable, readable_duration
 from dsllama.training.checkpoint import Checkpoint, newest_whole
 from dsllama.training.engine import free_port
@@ -49,7 +50,13 @@ def quickstart(folder: Path, fresh: bool = False, ranks: int | None = None, over
     check_torch()
     done = None if fresh else newest_whole(folder / "checkpoints")
     config = _configuration(folder, _settings(overrides or []), done, ranks)
+    most = torch.cuda.device_count() or usable_cores()
+    if ranks is not None and not 1 <= ranks <= most:
+        kind = "GPUs that are visible" if torch.cuda.device_count() else "cores"
+        raise UserError(Problem("--ranks", f"must be from 1 to {most}, the {kind}", "leave it out", ranks))
     ranks = ranks or default_ranks(config)
+    if problems := check_world_size(config.replace(batch_size=1), ranks):
+        raise UserError(problems)
     config = config.replace(batch_size=fitting_batch(config, ranks))
     _say(f"everything goes to {folder}/")
     corpus = gather_stdlib_corpus(folder / "corpus")

@@ -24,7 +24,7 @@ def parse_number(value: Any) -> Any:
         return value
     try:
         return float(_exactly(value))
-    except OverflowError:
+    except (OverflowError, ValueError):
         raise ValueError(f"is not a number; {_EXAMPLES}") from None
 
 
@@ -37,6 +37,8 @@ def parse_count(value: Any) -> Any:
         return value
     # By decimals: 8.2e9 is a whole number, and the float 8.2 times 10**9 is none.
     exact = _exactly(value) if isinstance(value, str) else Decimal(value)
+    if exact.is_finite() and exact.adjusted() > 19:
+        raise ValueError("must be less than 2**63" if exact > 0 else "must not be so far below 0")
     if not exact.is_finite() or exact != exact.to_integral_value():
         raise ValueError(f"must be a whole number; {_EXAMPLES}")
     if exact >= 2**63:
@@ -66,6 +68,9 @@ def nearest_multiples(value: int, of: int) -> list[int]:
 
 def nearest_divisors(value: int, of: int) -> list[int]:
     """The two divisors of `of` that lie nearest to `value`, nearest first."""
+    if of > 10**12:  # looking at them all would take minutes
+        near = range(max(1, value - 10**5), value + 10**5)
+        return sorted({1, *(d for d in near if of % d == 0)}, key=lambda d: (abs(d - value), d))[:2]
     divisors = {d for low in range(1, math.isqrt(of) + 1) if of % low == 0 for d in (low, of // low)}
     return sorted(divisors, key=lambda d: (abs(d - value), d))[:2]
 

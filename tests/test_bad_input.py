@@ -115,6 +115,27 @@ def manifest(text: str) -> Prepare:
     return prepare
 
 
+def mine(name: str, log_file: str) -> Prepare:
+    """A file of the user's, and a log beside it."""
+
+    def prepare(folder: Path, settings: dict[str, Any]) -> None:
+        (folder / name).write_text("mine", encoding="utf-8")
+        settings["log_file"] = folder / log_file
+
+    return prepare
+
+
+def circle(**places: str) -> Prepare:
+    """Settings that name a link which leads to itself."""
+
+    def prepare(folder: Path, settings: dict[str, Any]) -> None:
+        for name, place in places.items():
+            (folder / place).symlink_to(folder / place)
+            settings[name] = folder / place
+
+    return prepare
+
+
 def some(**settings: Any) -> Prepare:
     """Only other settings."""
     return lambda folder, target: target.update(settings)
@@ -199,9 +220,17 @@ TRAINING: dict[str, tuple[Prepare, list[str]]] = {
     ),
     "JSON nested 5,000 deep": (config_file('{"a":' * 100_000, "c.json"), ["c.json", "nested too deeply"]),
     "date that there is not": (config_file("eps: 2024-13-45"), ["c.yaml: eps = '2024-13-45'", "is not a number"]),
-    "tagged date that there is not": (config_file("eps: !!timestamp 2024-13-45"), ["month must be in", "in quotes"]),
+    "tagged date that there is not": (
+        config_file("eps: !!timestamp 2024-13-45"),
+        ["month must be in", "leave its tag out"],
+    ),
     "tag of Python's": (config_file("eps: !!python/object:os.system x"), ["c.yaml:1", "could not determine"]),
     "alias of nothing": (config_file("eps: *x"), ["c.yaml:1", "undefined alias"]),
+    "tag that the value does not fit": (config_file("shuffle: !!bool maybe"), ["c.yaml", "holds a value that is none"]),
+    "tag of nothing": (config_file('seed: !!int ""'), ["c.yaml", "holds a value that is none"]),
+    "number to the base 60": (config_file("n_layers: 1:30"), ["c.yaml: n_layers = '1:30'", "is not a number"]),
+    "count far below zero": (config_file("batch_size: '-1e99999999'"), ["batch_size", "so far below 0"]),
+    "no number at all": (some(max_lr="snan"), ["--max_lr = 'snan'", "is not a number"]),
     "two documents": (config_file("eps: 1\n---\neps: 2"), ["c.yaml:2", "another document"]),
     "tab": (config_file("a:\n\t- b"), ["c.yaml:2", "cannot start any token", "mend that line"]),
     "control sign": (config_file("eps: \x01"), ["c.yaml", "special characters are not allowed"]),
@@ -220,7 +249,7 @@ TRAINING: dict[str, tuple[Prepare, list[str]]] = {
     "half a pair in a prompt": (config_file('{"sample_prompts": ["\\ud800"]}', "c.json"), ["must be UTF-8"]),
     "NUL in a path of a file": (config_file('{"tensorboard_dir": "a\\u0000"}', "c.json"), ["must not hold a NUL"]),
     "list for a checkpoint": (config_file("load_ckpt: [a]"), ["load_ckpt = ['a']", "must be a valid string"]),
-    "JSON that is a number": (config_file("5", "c.json"), ["c.json = 5", "`field: value` lines"]),
+    "JSON that is a number": (config_file("5", "c.json"), ["c.json = 5", "an object { ... }", "configs/"]),
     "JSON with a comma too many": (
         config_file('{"seed": 1,}', "c.json"),
         ["c.json:1", "is not JSON", "mend that line"],
@@ -236,7 +265,7 @@ TRAINING: dict[str, tuple[Prepare, list[str]]] = {
     # --- DeepSpeed overlays
     "no such overlay": (some(deepspeed_overlay="nowhere.json"), ["no such file", "ds_configs/zero2.json"]),
     "overlay is no JSON": (overlay("{"), ["overlay.json:1", "is not JSON"]),
-    "overlay that is a list": (overlay([1]), ["overlay.json = [1]", "`field: value` lines"]),
+    "overlay that is a list": (overlay([1]), ["overlay.json = [1]", "an object { ... }", "ds_configs/"]),
     "overlay nested 5,000 deep": (overlay('{"a":' * 100_000), ["overlay.json", "nested too deeply"]),
     "key of nothing like it": (overlay({"xyzzyx": 1}), ["xyzzyx", "no such key", "DeepSpeed's reference"]),
     "never print": (overlay({"steps_per_print": 0}), ["steps_per_print = 0", "greater than 0"]),
@@ -360,7 +389,16 @@ TRAINING: dict[str, tuple[Prepare, list[str]]] = {
     "another tokenizer than the data's": (other_tokenizer, ["tokenizer_path", "not the tokenizer that encoded"]),
     # --- log file
     "log file that is something else": (notes_as_log, ["log_file", "a log of ours"]),
-    "log file where the plot goes": (some(log_file="loss.png"), ["log_file", ".png"]),
+    "log file where the plot goes": (some(log_file="loss.PNG"), ["log_file", ".png"]),
+    "log beside a picture of the user's": (
+        mine("cat.png", log_file="cat.csv"),
+        ["cat.png beside it", "move that away"],
+    ),
+    "log beside notes of the user's": (mine("a.samples.txt", log_file="a.csv"), ["a.samples.txt beside it"]),
+    "log that is no file": (some(log_file="/dev/full"), ["log_file = '/dev/full'", "must be a new file"]),
+    "log through a link in a circle": (circle(log_file="loop"), ["log_file", "must be a new file"]),
+    "log of a name too long": (some(log_file="x" * 250 + ".csv"), ["cannot be used (File name too long)", "a shorter"]),
+    "tokenizer of a name too long": (some(tokenizer_path="x" * 300), ["File name too long", "give a shorter name"]),
     # --- checkpoints
     "nothing to resume": (some(load_ckpt="true"), ["holds no checkpoint", "--load_ckpt false"]),
     "resume from nowhere": (some(load_ckpt="/nowhere/update_1"), ["/nowhere/update_1", "no such folder"]),
@@ -395,6 +433,42 @@ VERBS: dict[str, tuple[list[str], list[str]]] = {
     "export to a home of nobody": (["export", "--checkpoint", "x", "--out", "~nobody_here/x"], ["--out", "a home"]),
     "export to nothing": (["export", "--checkpoint", "x", "--out", ""], ["--out", "must not be empty"]),
     "plot at a variable that is not set": (["plot-schedule", "--out", "$DSLLAMA_NOWHERE"], ["$DSLLAMA_NOWHERE"]),
+    "word too many": (["config", "extra"], ["extra: is a word too many", "dsllama config --help"]),
+    "option of another verb": (
+        ["corpus", "--out", "x", "--vocab_size", "3"],
+        ["--vocab_size: there is no such option", "known: "],
+    ),
+    "option of nothing like it": (
+        ["config", "--learning_rate", "3"],
+        ["--learning_rate: there is no such option", "dsllama config --help"],
+    ),
+    "value that looks like an option": (["config", "--max_lr", "-x"], ["--max_lr", "--option=-value"]),
+    "world far below nothing": (["config", "--world_size=-1e5000"], ["--world_size", "so far below 0"]),
+    "divisors that take minutes": (
+        ["config", "--n_embd", "4e18", "--n_heads", "7"],
+        ["n_embd = 4000000000000000000", "multiple of n_heads = 7"],
+    ),
+    "seed below nothing": (
+        ["generate", "--checkpoint", "tests", "--prompt", "x", "--seed=-9223372036854775809"],
+        ["tests", "manifest.json"],
+    ),
+    "rate that is infinite": (["plot-schedule", "--max_lr", "inf"], ["--max_lr", "must be a finite number"]),
+    "plot over a file of the user's": (["plot-schedule", "--out", "README.md"], ["exists already", "--overwrite"]),
+    "plot over a folder of the user's": (["plot-schedule", "--out", "tests"], ["exists already", "name a .png file"]),
+    "tokenizer over its own text": (
+        ["tokenizer", "README.md", "--out", "README.md", "--overwrite"],
+        ["--out", "is one of the inputs"],
+    ),
+    "tokenizer over a device": (["tokenizer", "tests", "--out", "/dev/null", "--overwrite"], ["is no regular file"]),
+    "vocabulary beyond memory": (["tokenizer", "x", "--out", "t", "--vocab_size", "1e10"], ["at most 10,000,000"]),
+    "name too long": (["generate", "--checkpoint", "x" * 300, "--prompt", "x"], ["give a shorter name"]),
+    "export over something else": (["export", "--checkpoint", "x", "--out", "tests"], ["x"]),
+    "ranks of nothing": (["quickstart", "--ranks", "0"], ["--ranks = 0", "must be from 1 to"]),
+    "ranks beyond the machine": (["quickstart", "--ranks", "4096"], ["--ranks = 4096", "the cores"]),
+    "vocabulary smaller than the tokenizer's": (
+        ["config", "--vocab_size", "100", "--tokenizer_path", "tests/golden/deepspeed.json"],
+        ["tests/golden/deepspeed.json", "is not a tokenizer"],
+    ),
     "plot over a folder": (["plot-schedule", "--out", "README.md/a"], ["README.md", "a part of the path"]),
     "plot that is no picture": (["plot-schedule", "--out", "/tmp/a.xyz"], ["--out", "xyz", "name a .png file"]),
     "vocabulary beyond counting": (["tokenizer", "x", "--out", "t", "--vocab_size", "1e30"], ["less than 2**63"]),

@@ -228,7 +228,7 @@ def _packed_text(path: Path, size: int) -> Iterator[Block]:
         line = data.count(b"\n", 0, error.start) + 1
         yield Block(partial(tuple, (_not_utf8(f"{path}:{line}", error.object[error.start]),)), size)
     else:
-        yield Block(partial(tuple, (Document(str(path), 1, text),)), size)
+        yield Block(partial(tuple, (Document(str(path), 1, text) if text else _empty(str(path)),)), size)
 
 
 def _text_blocks(path: Path, size: int, cut: bool) -> Iterator[Block]:

@@ -1,7 +1,7 @@
 """Raw text -> .npy token shards: in parallel, in bounded memory, restartable, the same for any number of workers.
 
     files -> blocks, in order -> worker processes: documents -> ids, <SOS> and <EOS> round each
-                              -> one writer, in order: shards, each noted in the journal; the manifest last
+                              -> one writer, in order: shards, each noted in the manifest
 
 Every shard but the last has exactly `shard_tokens` ids; a document may go on in the next one.
 """
@@ -25,7 +25,8 @@ from dsllama.data.documents import Block, Cursor, blocks, input_files, no_docume
 from dsllama.data.fast_bpe import FastEncoder
 from dsllama.data.manifest import Manifest, token_dtype
 from dsllama.data.readers import BLOCK_BYTES
-from dsllama.data.shards import TITLE, Journal, ShardWriter, locked
+from dsllama.data.shards import TITLE, ShardWriter, locked
+from dsllama.data.stream import TokenStream
 from dsllama.data.tokenizer import Tokenizer
 from dsllama.data.workers import WorkerDied, WorkerPool
 from dsllama.errors import Problem, UserError, remedy_for
@@ -33,6 +34,8 @@ from dsllama.machine import usable_cores
 
 _GOES_ON = "run the same command again: it goes on where it stopped"
 _MOST_PROBLEMS = 100
+# Letters of two and three bytes, digits, signs: what any tokenizer for text gives back.
+_SAMPLE = "Two words, 3 h\u00e9llo \u4f60 (x)!"
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,11 @@ def encode(
     _check(out_dir, workers, shard_tokens, on_error)
     files = input_files(inputs)
     tokenizer = Tokenizer.load(tokenizer_path)
+    given_back = tokenizer.decode(tokenizer.encode(_SAMPLE))
+    if given_back.replace("\u2581", " ").strip() != _SAMPLE:  # SentencePiece's sign for a blank
+        rule = f"loses text: of {_SAMPLE!r} it leaves {given_back!r}"
+        problem = Problem("--tokenizer", rule, "train one with `dsllama tokenizer`", str(tokenizer_path))
+        raise UserError(problem, TITLE)
     identity = {
         "input": _stamps(files),
         "tokenizer": tokenizer.fingerprint,
@@ -83,54 +91,67 @@ def encode(
     with _explained(out_dir):
         out_dir.mkdir(parents=True, exist_ok=True)
         with locked(out_dir):
-            journal = Journal.open(out_dir, identity, overwrite)
-            finished = Manifest.load(out_dir)
-            if finished is not None:
-                say(f"{out_dir}: already encoded")
-                return finished
-            if journal.shards:
-                say(f"{out_dir}: going on after {len(journal.shards)} finished shards")
-            encoder = FastEncoder(tokenizer)
-            if encoder.slow_because:
-                say(f"encoding at about a third of the speed: {encoder.slow_because}")
-            skipped = _write_shards(files, tokenizer, journal, workers, progress, encoder.may_cut)
-            if not journal.shards:
-                raise no_documents(files, skipped)
-            if _stamps(files) != identity["input"]:
-                raise UserError(Problem("inputs", "changed while they were encoded", "use --overwrite"), TITLE)
-            manifest = Manifest(
+            new = Manifest(
                 dtype=token_dtype(tokenizer.vocab_size),
                 vocab_size=tokenizer.vocab_size,
                 tokenizer=tokenizer.fingerprint,
-                shards=journal.shards,
-                skipped=dict(sorted(skipped.items())),
+                shards=[],
+                identity=identity,
+                resume={"cursor": [0, 0], "used": 0},
             )
+            manifest = Manifest.begin(out_dir, new, overwrite)
+            if manifest.resume is None:
+                TokenStream(out_dir)  # raises where a shard is no longer what it was
+                say(f"{out_dir}: already encoded")
+                return manifest
+            if manifest.shards:
+                say(f"{out_dir}: going on after {len(manifest.shards)} finished shards")
+            encoder = FastEncoder(tokenizer)
+            if encoder.slow_because:
+                say(f"encoding at about a third of the speed: {encoder.slow_because}")
+            skipped = _write_shards(files, tokenizer, out_dir, manifest, workers, progress, encoder.may_cut)
+            if not manifest.shards:
+                raise no_documents(files, skipped)
+            if _stamps(files) != identity["input"]:
+                raise UserError(Problem("inputs", "changed while they were encoded", "use --overwrite"), TITLE)
+            manifest.skipped, manifest.resume = dict(sorted(skipped.items())), None
             manifest.save(out_dir)
             return manifest
 
 
 def _write_shards(
-    files: list[Path], tokenizer: Tokenizer, journal: Journal, workers: int, progress: bool, cut: bool
+    files: list[Path],
+    tokenizer: Tokenizer,
+    out_dir: Path,
+    manifest: Manifest,
+    workers: int,
+    progress: bool,
+    cut: bool,
 ) -> Counter[str]:
-    """Encode everything after the journal's place; returns what was skipped in the whole input, by kind."""
-    shard_tokens: int = journal.identity["shard_tokens"]
-    stop = journal.identity["on_error"] == "stop"
+    """Encode everything that the manifest has not yet; returns what was skipped in the whole input, by kind."""
+    assert manifest.resume is not None
+    identity = manifest.identity
     sizes = [path.stat().st_size for path in files]
     total = sum(sizes)
     # More workers than blocks would only have to be started.
     workers = max(1, min(workers, -(-total // BLOCK_BYTES)))
-    place, used, skipped = journal.place, journal.used, Counter(journal.skipped)
+    place, used, skipped = Cursor(*manifest.resume["cursor"]), manifest.resume["used"], Counter(manifest.skipped)
+
+    noted = len(manifest.shards)
 
     def new_writer() -> ShardWriter:
-        dtype = token_dtype(tokenizer.vocab_size)
-        return ShardWriter(journal.folder, len(journal.shards), dtype, shard_tokens, tokenizer.sos_id)
+        number = len(manifest.shards)
+        return ShardWriter(out_dir, number, manifest.dtype, identity["shard_tokens"], tokenizer.sos_id)
 
     def publish(following: Cursor, offset: int) -> None:
-        journal.shards.append(writer.publish())
-        journal.place, journal.used, journal.skipped = following, offset, dict(skipped)
-        journal.save()
+        manifest.shards.append(writer.publish())
+        manifest.resume, manifest.skipped = {"cursor": [*following], "used": offset}, dict(skipped)
+        nonlocal noted
+        if len(manifest.shards) > 1.02 * noted:  # each, but where there are very many: it is written whole each time
+            manifest.save(out_dir)
+            noted = len(manifest.shards)
 
-    journal.save()
+    manifest.save(out_dir)
     writer = new_writer()
     make = partial(BlockEncoder, tokenizer.backend.to_str())
     bar = tqdm(
@@ -143,8 +164,8 @@ def _write_shards(
     )
     try:
         with bar, WorkerPool(workers, make) as pool:
-            for encoded in pool.in_order(blocks(files, journal.identity["text_field"], place, cut)):
-                if encoded.problems and stop:
+            for encoded in pool.in_order(blocks(files, identity["text_field"], place, cut)):
+                if encoded.problems and identity["on_error"] == "stop":
                     raise UserError(encoded.problems, TITLE)
                 if not used:
                     skipped.update(encoded.skipped)

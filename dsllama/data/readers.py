@@ -95,20 +95,21 @@ def parquet_rows(path: Path, column: str) -> Iterator[tuple[list[Any], int]]:
             rows = max(1, min(_MOST_ROWS, BLOCK_BYTES * total // max(1, size)))
             for batch in file.iter_batches(batch_size=rows, columns=[column], use_threads=False):
                 yield _values(batch.column(0)), total
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         raise DamagedFile(str(error).splitlines()[0][:150]) from None
 
 
 def _values(column: Any) -> list[Any]:
-    import pyarrow
-
-    if pyarrow.types.is_binary(column.type) or pyarrow.types.is_large_binary(column.type):
-        # Text that its writer did not mark as such: Spark and Impala do so.
-        return [None if value is None else _text_or_bytes(value) for value in column.to_pylist()]
     try:
-        return column.to_pylist()
+        values = column.to_pylist()
     except UnicodeDecodeError:
-        return [None if value is None else _text_or_bytes(value) for value in column.cast("binary").to_pylist()]
+        values = column.cast("binary").to_pylist()
+    except OverflowError:  # of a date beyond Python's
+        values = [0] * len(column)
+    # Spark and Impala do not mark their text as such.
+    return [_text_or_bytes(value) if isinstance(value, bytes) else value for value in values]
 
 
 def _text_or_bytes(value: bytes) -> str | bytes:

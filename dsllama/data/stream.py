@@ -26,7 +26,6 @@ import numpy.typing as npt
 
 from dsllama.data.manifest import Manifest
 from dsllama.data.manifest import Shard as ManifestShard
-from dsllama.data.shards import JOURNAL_NAME
 from dsllama.errors import Problem, UserError
 
 TOKEN_DTYPES = ("uint16", "uint32", "int32", "int64")
@@ -137,13 +136,13 @@ class _Shard:
 def _list_shards(folder: Path, manifest: Manifest | None) -> list[tuple[Path, ManifestShard | None]]:
     """The files of the stream in order, each with what the manifest says of it."""
     listed: list[tuple[Path, ManifestShard | None]]
+    if manifest and manifest.resume is not None:
+        rule = f"was not encoded to its end: {len(manifest.shards)} shards are finished"
+        remedy = "run the same `dsllama encode` again; or delete manifest.json, to take the shards as they are"
+        raise UserError(Problem("dataset_dir", rule, remedy, str(folder)), _TITLE)
     if manifest:
         listed = [(folder / shard.file, shard) for shard in manifest.shards]
         rule = "its manifest lists no shards"
-    elif (folder / JOURNAL_NAME).exists():
-        rule = f"was not encoded to its end: it holds {JOURNAL_NAME} and no manifest"
-        remedy = "run the same `dsllama encode` again; or delete the journal, to take the shards as they are"
-        raise UserError(Problem("dataset_dir", rule, remedy, str(folder)), _TITLE)
     else:
         # As in a shell's *.npy, names with a leading dot are left out: file managers put their own files there.
         names = sorted(path.name for path in folder.glob("*.npy") if not path.name.startswith("."))

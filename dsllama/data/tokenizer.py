@@ -23,6 +23,8 @@ from dsllama.files import write_atomically
 
 SPECIAL_TOKENS = ["<SOS>", "<EOS>", "<PAD>", "<UNK>", "<SOU>", "<EOU>", "<SOA>", "<EOA>", "<SOT>", "<EOT>"]
 _SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256
+# The trainer reserves memory for all of it.
+_LARGEST_VOCABULARY = 10_000_000
 # 8,192 merges hardly change beyond this much text, and the trainer holds every distinct word of it in memory.
 _SAMPLE_BYTES = 128 * 2**20
 # A run of so many letters, digits or signs is a blob, and the trainer's time grows with the square of its length:
@@ -70,6 +72,8 @@ class Tokenizer:
             raise _refused(path, f"is not a tokenizer ({str(error)[:150]})") from None
         if not isinstance(tokenizer.backend.model, models.BPE):
             raise _refused(path, f"is a {type(tokenizer.backend.model).__name__} tokenizer, not BPE")
+        if tokenizer.vocab_size > 2**31:
+            raise _refused(path, f"has the id {tokenizer.vocab_size - 1:,}, beyond 31 bits")
         return tokenizer
 
     def encode(self, text: str) -> list[int]:
@@ -106,7 +110,16 @@ def train_tokenizer(
         problems.append(Problem("vocab_size", rule, "8192 is enough for a small model", vocab_size))
     if on_error not in ("stop", "skip"):
         problems.append(Problem("on_error", "must be 'stop' or 'skip'", "use 'stop' to see all of it", on_error))
-    if out.is_dir():
+    if vocab_size > _LARGEST_VOCABULARY:
+        rule = f"must be at most {_LARGEST_VOCABULARY:,}"
+        problems.append(
+            Problem("vocab_size", rule, "8192 is enough for a small model, 128K for a large one", vocab_size)
+        )
+    if out.exists() and any(out.samefile(text) for text in map(Path, inputs) if text.exists()):
+        problems.append(Problem("--out", "is one of the inputs", "name another file", str(out)))
+    elif out.exists() and not out.is_dir() and not out.is_file():
+        problems.append(Problem("--out", "is no regular file", "name another file", str(out)))
+    elif out.is_dir():
         problems.append(Problem("--out", "is a folder", f"name a file, such as {out / 'tokenizer.json'}", str(out)))
     elif out.exists() and not overwrite:
         problems.append(Problem("--out", "exists already", "use --overwrite to replace it, or another name", str(out)))

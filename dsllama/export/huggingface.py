@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dsllama.data.tokenizer import Tokenizer
-from dsllama.errors import Problem, UserError, did_you_mean
+from dsllama.errors import Problem, UserError, did_you_mean, remedy_for
 from dsllama.files import write_atomically
 from dsllama.model import ffn_hidden_size
 
@@ -66,17 +67,19 @@ def export_huggingface(
     loads, goes first and comes last.
     Raises UserError where `out` exists or cannot be written.
     """
-    out = Path(out).resolve()  # of a link, the folder that it names
+    out = Path(os.path.realpath(out))  # of a link, the folder that it names
     problems = []
     if dtype not in DTYPES:
         problems.append(Problem("--dtype", f"must be one of {', '.join(DTYPES)}", did_you_mean(dtype, DTYPES), dtype))
     problems += _check_target(out, overwrite)
     if problems:
         raise UserError(problems, "cannot export")
-    aside = out / ".dsllama-writing" if out.exists() else out.with_name(f".{out.name}.writing")
+    aside = None
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+        place = out if out.exists() else out.parent
+        place.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=".dsllama-", dir=place)) / out.name
+        aside.mkdir()
         _write_weights(aside, to_huggingface(state, config.tie_embeddings), getattr(torch, dtype))
         rows = state[_EMBEDDING].shape[0]
         _write_json(aside / _CONFIG, _model_config(config, tokenizer, rows, dtype))
@@ -84,12 +87,12 @@ def export_huggingface(
         _write_tokenizer(aside, tokenizer, config.max_seq_len)
         _publish(aside, out)
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(
-            Problem("--out", f"cannot be written ({reason})", "give another folder", str(out)), "cannot export"
-        ) from None
+        remedy = remedy_for(error, "give another folder")
+        problem = Problem("--out", f"cannot be written ({error.strerror or error})", remedy, str(out))
+        raise UserError(problem, "cannot export") from None
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        if aside is not None:
+            shutil.rmtree(aside.parent, ignore_errors=True)
     return out
 
 
@@ -98,19 +101,19 @@ def _check_target(out: Path, overwrite: bool) -> list[Problem]:
         return []
     if out.is_dir() and not any(out.iterdir()):
         return []
+    if not _exported(out):
+        rule = f"exists already, and holds no export of dsllama's (by its {_RECORD}), so nothing in it is replaced"
+        return [Problem("--out", rule, "use another name, or remove it yourself", str(out))]
     if not overwrite:
         return [Problem("--out", "exists already", "use --overwrite to replace it, or another name", str(out))]
-    if _exported(out):
-        return []
-    rule = f"holds no export of dsllama's (no {_RECORD}), so nothing in it is replaced"
-    return [Problem("--out", rule, "use another name, or remove it yourself", str(out))]
+    return []
 
 
 def _exported(folder: Path) -> list[str]:
     """The files that earlier exports wrote into a folder; [] where there was none."""
     try:
         files = json.loads((folder / _RECORD).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []
     names = files if isinstance(files, list) else []
     return [name for name in names if isinstance(name, str) and Path(name).name == name]

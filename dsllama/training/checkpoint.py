@@ -277,21 +277,30 @@ def _read(path: Path, checksums: bool = True) -> tuple[dict[str, Any], str]:
         named = _NAME.fullmatch(path.name)
         if named and int(named[1]) != manifest["update"]:
             return {}, f"its {MANIFEST} is of update {manifest['update']}"
-        files = manifest["files"]
     except FileNotFoundError:
         return {}, f"it has no {MANIFEST}"
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return {}, f"its {MANIFEST} cannot be read ({type(error).__name__}: {error})"
-    for name, entry in files.items():
+    try:
+        reason = _file_problem(path, manifest, checksums)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return {}, f"its {MANIFEST} says something else than it should ({type(error).__name__}: {error})"
+    return ({}, reason) if reason else (manifest, "")
+
+
+def _file_problem(path: Path, manifest: dict[str, Any], checksums: bool) -> str:
+    for name in ("update", "tokens", "data", "parallel_layout", "vocab_size", "schedule"):
+        manifest[name]
+    for name, entry in manifest["files"].items():
         try:
             size = (path / name).stat().st_size
         except OSError:
-            return {}, f"{name} is missing"
+            return f"{name} is missing"
         if size != entry["bytes"]:
-            return {}, f"{name} has {size} bytes instead of {entry['bytes']}"
+            return f"{name} has {size} bytes instead of {entry['bytes']}"
         if checksums and sha256(path / name) != entry["sha256"]:
-            return {}, f"{name} does not have the checksum that it was saved with"
-    return manifest, ""
+            return f"{name} does not have the checksum that it was saved with"
+    return ""
 
 
 def _digest(manifest: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import fcntl
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -129,7 +130,7 @@ def claim(log_file: Path) -> IO[str]:
 
     Raises UserError where another process holds it: two runs would write their rows in between each other's.
     """
-    file = log_file.with_name(f".{log_file.name}.lock").open("w")
+    file = log_file.with_name(f".{log_file.name}.lock").open("a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -157,6 +158,9 @@ def samples_file(log_file: Path) -> Path:
 def read_log(log_file: Path) -> list[dict[str, str]]:
     """The rows of a log, as text by column; [] without a log. Rows that are none of ours are left out."""
     return [row for row in _rows(log_file) if _is_sound(row)]
+
+
+csv.field_size_limit(2**31 - 1)  # a crash of the machine may leave a line of any length
 
 
 def _rows(log_file: Path) -> list[dict[str, str]]:
@@ -220,11 +224,22 @@ def smoothed(values: Sequence[float]) -> list[float]:
     return [(sums[stop] - sums[start]) / (stop - start) for start, stop in spans]
 
 
-def is_log(path: Path) -> bool:
-    """Whether a path is free for a log, or holds one of ours."""
-    if not path.exists():
-        return True
-    if path.is_dir() or path.suffix == ".png":
+def log_problem(path: Path) -> Problem | None:
+    """Why a path cannot be a log's: another file is there, or would be written over by what lies beside a log."""
+    beside = [file for file in (path.with_suffix(".png"), samples_file(path)) if os.path.lexists(file)]
+    remedy = "give another name"
+    if path.suffix.lower() == ".png":
+        return Problem("log_file", "must not end in .png (the plot does)", remedy, str(path))
+    if os.path.lexists(path):
+        return None if _is_log(path) else Problem("log_file", "must be a new file, or a log of ours", remedy, str(path))
+    if beside:
+        rule = f"has {beside[0].name} beside it, which the run would write over"
+        return Problem("log_file", rule, f"{remedy}, or move that away", str(path))
+    return None
+
+
+def _is_log(path: Path) -> bool:
+    if not path.is_file():
         return False
     with path.open(encoding="utf-8", errors="replace") as file:
         return file.readline().strip() in ("", ",".join(COLUMNS))
@@ -259,15 +274,20 @@ def _cell(value: Any) -> Any:
     return "" if value is None else repr(value) if isinstance(value, float) else value
 
 
-def plot_schedules(path: Path, training_steps: int, warmup_steps: int, max_lr: float, min_lr: float) -> Path:
+def plot_schedules(
+    path: Path, training_steps: int, warmup_steps: int, max_lr: float, min_lr: float, overwrite: bool = False
+) -> Path:
     """Draw the cosine, linear and constant schedules over all updates; returns the PNG's path.
 
     Raises UserError where the numbers do not make a schedule.
     """
     from matplotlib.figure import Figure
 
-    if not path.suffix:  # matplotlib would add one in silence
+    if not path.suffix and not path.exists():  # matplotlib would add one in silence
         path = path.with_suffix(".png")
+    if path.exists() and not (overwrite and path.is_file()):
+        remedy = "use --overwrite to replace it, or another name" if path.is_file() else "name a .png file"
+        raise UserError(Problem("--out", "exists already", remedy, str(path)))
     try:
         for schedule in SCHEDULES:
             Scheduler(None, schedule, training_steps, warmup_steps, max_lr, min_lr)
@@ -289,7 +309,10 @@ def plot_schedules(path: Path, training_steps: int, warmup_steps: int, max_lr: f
     axes.legend()
     try:
         figure.savefig(path, dpi=110)
-    except (OSError, ValueError) as error:  # of a suffix that is no picture
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(Problem("--out", f"cannot be written ({reason})", "name a .png file", str(path))) from None
+    except OSError as error:
+        raise UserError(
+            Problem("--out", f"cannot be written ({error.strerror})", remedy_for(error), str(path))
+        ) from None
+    except (ValueError, RuntimeError) as error:  # of a suffix that is no picture, or needs LaTeX
+        raise UserError(Problem("--out", f"cannot be drawn ({error})", "name a .png file", str(path))) from None
     return path

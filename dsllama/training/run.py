@@ -24,10 +24,10 @@ from dsllama.data.loader import DatasetLoader
 from dsllama.data.manifest import Manifest
 from dsllama.data.stream import TokenStream
 from dsllama.data.tokenizer import Tokenizer
-from dsllama.errors import EXIT_USER_ERROR, Problem, UserError, remedy_for
+from dsllama.errors import EXIT_USER_ERROR, Problem, UserError, of_system, remedy_for
 from dsllama.machine import versions
 from dsllama.sizes import readable, readable_duration
-from dsllama.training.reporting import claim, is_log
+from dsllama.training.reporting import claim, log_problem
 from dsllama.training.stopping import EXIT_STOPPED
 
 if TYPE_CHECKING:  # importing it for real takes seconds, which a mistake should not cost
@@ -62,6 +62,8 @@ def main(argv: Sequence[str]) -> int:
         return 0
     try:
         held = claim(Path(config.log_file)) if rank == 0 else None
+    except OSError as error:
+        return _complain(str(UserError(of_system(error))), rank, EXIT_USER_ERROR)
     except UserError as error:
         return _complain(str(error), rank, EXIT_USER_ERROR)
     with held or contextlib.nullcontext():
@@ -141,9 +143,7 @@ def prepare(config: TrainingConfig, rank: int, world_size: int) -> Job:
     with _collecting(problems):
         data = _open_data(config, rank, world_size, tokenizer.vocab_size if tokenizer else None)
     with _collecting(problems):
-        if not is_log(Path(config.log_file)) or Path(config.log_file).suffix == ".png":
-            rule = "must be a new file, or a log of ours, and not end in .png (the plot does)"
-            problems.append(Problem("log_file", rule, "give another name", config.log_file))
+        problems += filter(None, [log_problem(Path(config.log_file))])
         folders = {"ckpt_dir": Path(config.ckpt_dir), "log_file": Path(config.log_file).parent}
         folders |= {"tensorboard_dir": Path(config.tensorboard_dir)} if config.tensorboard_dir else {}
         problems += _unwritable(folders)
@@ -239,8 +239,7 @@ def _collecting(problems: list[Problem]) -> Iterator[None]:
     except UserError as error:
         problems += error.problems
     except OSError as error:
-        rule = f"cannot be used ({error.strerror})"
-        problems.append(Problem(str(error.filename), rule, remedy_for(error, "give another place")))
+        problems.append(of_system(error))
 
 
 def _parse(argv: Sequence[str]) -> TrainingConfig:

@@ -313,16 +313,76 @@ def test_what_changed_since_is_named_and_nothing_is_overwritten_unasked(tokenize
 
 def test_a_folder_with_something_else_in_it_is_left_alone(tokenizer, tmp_path):
     source = _lines(tmp_path / "a.jsonl", ["fox"])
-    for name in ("other.npy", "manifest.json"):
+    rules = {
+        "other.npy": r"holds other\.npy already",
+        "manifest.json": r"manifest\.json: is not one that dsllama wrote",
+    }
+    for name, rule in rules.items():
         out = tmp_path / name.split(".")[0]
         out.mkdir()
         (out / name).write_text("{}")
-        with pytest.raises(UserError, match=f"holds {name} already"):
-            _quiet([source], tokenizer.path, out)
-        assert [path.name for path in out.iterdir()] == [name]
-    with pytest.raises(UserError, match=r"holds other\.npy already"):
-        _quiet([source], tokenizer.path, tmp_path / "other", overwrite=True)
-    assert (tmp_path / "other" / "other.npy").exists()
+        for overwrite in (False, True):
+            with pytest.raises(UserError, match=rf"{rule}(.|\n)*move it away"):
+                _quiet([source], tokenizer.path, out, overwrite=overwrite)
+            assert [path.name for path in out.iterdir()] == [name]
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda text: text.replace("shard_00000.npy", "../precious.txt"),
+        lambda text: text.replace('"cursor": [', '"cursor": [-1, '),
+        lambda text: text.replace('"documents": ', '"documents": "x", "more": '),
+        lambda text: text[:-20],
+        lambda text: "[" * 100_000,
+        lambda text: "[]",
+    ],
+)
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_manifest_that_somebody_edited_is_refused_and_nothing_is_removed(edit, finished, tokenizer, tmp_path):
+    source, out = _lines(tmp_path / "a.jsonl", ["fox"] * 30), tmp_path / "out"
+    (tmp_path / "precious.txt").write_text("mine")
+    manifest = _quiet([source], tokenizer.path, out, shard_tokens=20)
+    if not finished:
+        manifest.resume = {"cursor": [0, 0], "used": 20}
+        manifest.save(out)
+    text = (out / "manifest.json").read_text()
+    edited = edit(text)
+    if edited == text:
+        return
+    (out / "manifest.json").write_text(edited)
+    before = _files(out)
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=r"manifest\.json: (cannot be read|was changed by hand|is not one)"):
+            _quiet([source], tokenizer.path, out, shard_tokens=20, overwrite=overwrite)
+    assert _files(out) == before and (tmp_path / "precious.txt").read_text() == "mine"
+
+
+def test_a_finished_data_set_with_a_damaged_shard_is_not_called_finished(tokenizer, tmp_path):
+    source, out = _lines(tmp_path / "a.jsonl", ["fox"] * 30), tmp_path / "out"
+    _quiet([source], tokenizer.path, out)
+    os.truncate(out / "shard_00000.npy", 100)
+    with pytest.raises(UserError, match=r"shard_00000\.npy"):
+        _quiet([source], tokenizer.path, out)
+
+
+def test_very_many_shards_do_not_take_time_that_grows_with_their_square(tokenizer, tmp_path):
+    source, out = _lines(tmp_path / "a.jsonl", [_prose(n, 2000) for n in range(40)]), tmp_path / "out"
+    manifest = _quiet([source], tokenizer.path, out, shard_tokens=3)
+    assert len(manifest.shards) > 5000 and sum(shard.tokens for shard in manifest.shards) == len(_ids(out))
+
+
+@pytest.mark.parametrize(
+    "change", [lambda model: model.update(vocab={}, merges=[]), lambda model: model.update(merges=[])]
+)
+def test_a_tokenizer_that_loses_text_is_refused(change, tokenizer, tmp_path):
+    other = _changed(tokenizer, tmp_path / "t.json", lambda content: change(content["model"]))
+    source = _lines(tmp_path / "a.jsonl", ["fox"])
+    if other.vocab_size < 100:
+        with pytest.raises(UserError, match="loses text"):
+            _quiet([source], other.path, tmp_path / "out")
+    else:  # without merges it only spells
+        assert _quiet([source], other.path, tmp_path / "out").tokens == 5
 
 
 def test_a_shard_that_vanished_is_noticed(source, tokenizer, tmp_path):
@@ -382,12 +442,13 @@ def test_an_encoding_that_was_stopped_goes_on_to_the_same_bytes(number, shards, 
         process.send_signal(number)
         _, errors = process.communicate(timeout=PATIENCE)
         assert process.returncode == -number
-        assert not Manifest.load(folder / out)
+        manifest = Manifest.load(folder / out)
+        assert manifest is None or manifest.resume is not None
         if number == signal.SIGINT:
             assert "run the same command again" in errors
         gone, alive = psutil.wait_procs(workers, timeout=PATIENCE)
         assert (len(gone), alive) == (2, [])
-        now = json.loads((folder / out / "encode.journal").read_text())["shards"]
+        now = json.loads((folder / out / "manifest.json").read_text())["shards"]
         assert len(now) >= count - 1  # a shard may have its name already, and not yet be noted
         assert kept.items() <= _files(folder / out).items()
         kept = {shard["file"]: (folder / out / shard["file"]).read_bytes() for shard in now}
@@ -402,19 +463,19 @@ def test_an_encoding_that_was_stopped_goes_on_to_the_same_bytes(number, shards, 
 
 KILLED_BEFORE_THE_NOTE = """
 import os, signal
-from dsllama.data import shards
-save = shards.Journal.save
-def save_or_die(journal):
-    if len(journal.shards) == int(sys.argv[5]):
+from dsllama.data.manifest import Manifest
+save = Manifest.save
+def save_or_die(manifest, folder):
+    if len(manifest.shards) == int(sys.argv[5]):
         os.kill(os.getpid(), signal.SIGKILL)
-    save(journal)
-shards.Journal.save = save_or_die
+    save(manifest, folder)
+Manifest.save = save_or_die
 """
 
 
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_kill_between_a_shard_and_its_note_in_the_journal_does_no_harm(count, overwrite, tokenizer, tmp_path):
+def test_a_kill_between_a_shard_and_its_note_in_the_manifest_does_no_harm(count, overwrite, tokenizer, tmp_path):
     (tmp_path / "text").mkdir()
     _lines(tmp_path / "text" / "a.jsonl", [_prose(n, 2000) for n in range(40)])
     _quiet([tmp_path / "text"], tokenizer.path, tmp_path / "whole", shard_tokens=20_000)
@@ -460,7 +521,7 @@ def test_bad_input_is_named_by_file_and_line_or_left_out_and_counted(tokenizer, 
         _quiet([tmp_path], tokenizer.path, tmp_path / "out", shard_tokens=3)
     assert f"{tmp_path}/a.jsonl:2: is not JSON" in str(caught.value)
     assert f"{tmp_path}/a.jsonl:3: has no field 'text'" in str(caught.value)
-    assert Manifest.load(tmp_path / "out") is None
+    assert Manifest.load(tmp_path / "out").resume is not None
     manifest = _quiet([tmp_path], tokenizer.path, tmp_path / "out", shard_tokens=3, on_error="skip", overwrite=True)
     assert manifest.skipped == {"bad JSON": 1, "no text": 1, "not UTF-8": 1}
     assert _ids(tmp_path / "out") == [n for text in ("fox", "dogs") for n in (0, *tokenizer.encode(text), 1)]

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsllama.data.manifest import Manifest, Shard
-from dsllama.data.shards import JOURNAL_NAME
 from dsllama.data.stream import TokenStream
 from dsllama.errors import UserError
 
@@ -282,7 +281,7 @@ def test_a_manifest_without_shards_is_refused(tmp_path):
 
 def test_a_half_encoded_folder_is_refused_and_a_finished_one_is_not(tmp_path):
     write_shards(tmp_path, [10, 20])
-    (tmp_path / JOURNAL_NAME).write_text("")
+    write_manifest(tmp_path, resume={"cursor": [0, 1], "used": 0})
     assert "not encoded to its end" in problems_of(tmp_path)[0]
     write_manifest(tmp_path)
     assert TokenStream(tmp_path).tokens == 30
