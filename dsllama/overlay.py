@@ -103,6 +103,8 @@ def _unsound(section: Json, known: Json, file: str, path: tuple[str, ...]) -> It
                 yield from _unsound(value, known[key], file, (*path, str(key)))
             else:
                 yield Problem(where, "must be a section { ... }", _REFERENCE, value)
+        elif key == "output_file" and isinstance(value, str) and Path(value).exists():
+            yield Problem(where, "is there already, and would be written over", "name a new file", value)
         elif value is not None and value != "auto" and (rule := _broken_rule(known[key], value)):
             yield Problem(where, rule, "write such a value, or leave the key out", value)
 

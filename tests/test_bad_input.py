@@ -294,6 +294,10 @@ TRAINING: dict[str, tuple[Prepare, list[str]]] = {
         overlay({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": 3}}}),
         ["nvme_path = 3", "must be a valid string"],
     ),
+    "profile over a file of the user's": (
+        overlay({"flops_profiler": {"enabled": True, "output_file": "README.md"}}),
+        ["flops_profiler.output_file = 'README.md'", "would be written over"],
+    ),
     "old name of the offload": (
         overlay({"zero_optimization": {"stage": 2, "cpu_offload": True}}),
         ["cpu_offload", 'write "offload_optimizer": {"device": "cpu"}', "leave it out"],

@@ -248,10 +248,10 @@ def test_a_large_document_passes_in_pieces_but_is_one_document(unit, tmp_path):
 
 
 def test_a_text_without_any_place_to_cut_at_stays_whole():
-    text = "x" * (17 * 2**20)
+    text = "x" * (3 * 2**20)
     assert list(chunks_of_text(text)) == [(text, True)]
     found = list(chunks_of_text(text + " " + text))
-    assert [(len(piece), last) for piece, last in found] == [(17 * 2**20, False), (17 * 2**20 + 1, True)]
+    assert [(len(piece), last) for piece, last in found] == [(3 * 2**20, False), (3 * 2**20 + 1, True)]
 
 
 def test_a_text_without_blanks_is_cut_between_its_words():
