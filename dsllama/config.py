@@ -143,6 +143,8 @@ class TrainingConfig(BaseModel):
     """Nucleus of the samples."""
     token_ckpt: Positive = 1_000_000_000
     """Tokens between two checkpoints."""
+    checkpoint_format: Literal["portable", "deepspeed"] = "portable"
+    """portable: state by name, for any topology; deepspeed: the engine's own files, which load on the same topology."""
     load_ckpt: Annotated[bool | str, BeforeValidator(_parse_load)] = False
     """Resume: false starts anew; true takes ckpt_dir's newest whole checkpoint; auto does if any; or a path."""
     use_prev_scheduler: bool = True

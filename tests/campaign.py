@@ -22,9 +22,15 @@ EVERY_STAGE: dict[str, dict[str, Any]] = {
     **{f"bf16_stage{stage}": {"zero_stage": stage, "precision": "bf16", **_SHORT} for stage in STAGES},
     "bf16_stage1": {"zero_stage": 1, "precision": "bf16"},
 }
+# The same trainings, with the files that the engine itself writes; on two ranks.
+OWN_FILES = {
+    f"{name}_own_files": {**EVERY_STAGE[name], "checkpoint_format": "deepspeed"}
+    for name in ("fp32_stage0", "bf16_stage1", "bf16_stage2", "fp32_stage3")
+}
 _ONE_CHECKPOINT = {"token_ckpt": "1G"}  # the last one
 TRAININGS: dict[str, dict[str, Any]] = {
     **EVERY_STAGE,
+    **OWN_FILES,
     "dropout": {"zero_stage": 1, "dropout": 0.2},
     # Into a second epoch.
     "shuffled": {"zero_stage": 1, "shuffle": "true", "training_tokens": 40 * 256},
@@ -32,6 +38,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "no_clipping": {"zero_stage": 0, "gradient_clipping": 0, **_ONE_CHECKPOINT},
 }
 ON_ONE_RANK: dict[str, dict[str, Any]] = {
+    "own_files": {"checkpoint_format": "deepspeed", **_SHORT},
     "huge_rate": {"precision": "bf16", "max_lr": 3e3, "min_lr": 0, "warmup_iterations": 1},
     # Each update multiplies the weights by -1e41.
     "huge_decay": {
@@ -50,13 +57,15 @@ ON_ONE_RANK: dict[str, dict[str, Any]] = {
         "seed": 3,
     },
 }
+# How fp32_stage0 on one rank goes on, on two.
+MOVED = {"zero_stage": 3, "batch_size": 1}
 # On two ranks, where the state is spread, everything is made and resumed; on one the rest only where `long` asks.
 LONG = ["bf16_stage0", "bf16_stage2"]
 RESUMED = {
     1: ["fp32_stage0", "fp32_stage1", "bf16_stage1", "bf16_stage3", "dropout", "shuffled"],
-    2: [*EVERY_STAGE, "dropout", "shuffled"],
+    2: [*EVERY_STAGE, *OWN_FILES, "dropout", "shuffled"],
 }
-RESUMED_LONG = [name for name in RESUMED[2] if name not in RESUMED[1]]
+RESUMED_LONG = [name for name in RESUMED[2] if name not in RESUMED[1] and name not in OWN_FILES]
 
 
 def on_one_and_two_ranks(prefix: str, stages: Sequence[int] = STAGES) -> Any:
@@ -79,11 +88,15 @@ class Campaign:
         root.mkdir(exist_ok=True)
         for ranks in (1, 2):
             alone = ranks == 1
-            trainings = {n: s for n, s in TRAININGS.items() if not (alone and n in LONG)} | (
+            trainings = {n: s for n, s in TRAININGS.items() if not (alone and (n in LONG or n in OWN_FILES))} | (
                 ON_ONE_RANK if alone else {}
             )
             whole = [self._launch(f"whole_{ranks}", ranks, trainings, self._calls(f"whole_{ranks}", ranks))]
-            self._launch(f"resumed_{ranks}", ranks, self._resumed(RESUMED[ranks], ranks), {}, whole)
+            resumed = self._resumed(RESUMED[ranks], ranks)
+            if not alone:
+                resumed |= {"moved": {**MOVED, "load_ckpt": self.runs["fp32_stage0", 1].checkpoint(HALF)}}
+                whole.append(self.launches["fp32_stage0", 1])
+            self._launch(f"resumed_{ranks}", ranks, resumed, {}, whole)
             if alone:
                 whole += [self._launch("long", 1, {name: TRAININGS[name] for name in LONG}, {})]
                 self._launch("resumed_long", 1, self._resumed(RESUMED_LONG, 1), {}, whole)
@@ -105,6 +118,10 @@ class Campaign:
     def _calls(self, launch: str, ranks: int) -> dict[str, Call]:
         calls, runs = gradients.work(self.root / launch, self.data, ranks)
         self.runs |= {(name, ranks): run for name, run in runs.items()}
+        calls["refused_loads"] = Call("tests.topologies:refused", {"folder": str(self.root / launch / "refused_loads")})
+        calls["unwritable_script"] = Call(
+            "tests.topologies:unwritable_script", {"folder": str(self.root / launch / "unwritable_script")}
+        )
         if ranks == 1:
             calls |= {f"rates{stage}": Call("tests.applied_rates:rates", {"stage": stage}) for stage in STAGES}
             settings = {
@@ -124,7 +141,11 @@ class Campaign:
 
     def _resumed(self, names: list[str], ranks: int) -> dict[str, dict[str, Any]]:
         sources = {name: self.runs[name, ranks].checkpoint(halfway(name)) for name in names}
-        return {f"{name}_resumed": {**TRAININGS[name], "load_ckpt": source} for name, source in sources.items()}
+        # Whatever the format that it was saved in, a resumed run saves in the one that it is told to.
+        common = {"checkpoint_format": "portable"}
+        return {
+            f"{name}_resumed": {**TRAININGS[name], **common, "load_ckpt": source} for name, source in sources.items()
+        }
 
     def _launch(
         self,

@@ -1,10 +1,11 @@
 """Checkpoints: a folder exists wholly or not at all, and its manifest says what it holds.
 
     ckpt_dir/update_0000300/            published by one rename of ckpt_dir/.writing-update_0000300
-        manifest.json                   update, tokens, loss, data position, parallel layout, size and sha256 of files
+        manifest.json                   update, tokens, loss, data position, counters, sizes and digests of files
         config.yaml deepspeed.json tokenizer.json
-        engine/                         DeepSpeed's own files (weights, optimizer, scheduler)
-        random_rank_0.pt ...            each rank's random state
+        state_00000.safetensors ...     what each rank holds of weights and moments, by name, and its random state
+
+With `checkpoint_format: deepspeed` what the engine itself writes, in engine/, is in the place of the last.
 
 The newest folder whose manifest fits its files is the one to resume from.
 """
@@ -27,6 +28,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dsllama.checkpoint import state
+from dsllama.checkpoint.fragments import DamagedFile, Source, file_name, problem_of
 from dsllama.config import TrainingConfig, load_config
 from dsllama.errors import Problem, UserError
 from dsllama.files import sha256, write_atomically
@@ -36,7 +39,9 @@ from dsllama.training.engine import World
 logger = logging.getLogger("dsllama")
 
 MANIFEST = "manifest.json"
-FORMAT = "dsllama-checkpoint-2"
+FORMAT = "dsllama-checkpoint-3"
+# Whose files are DeepSpeed's; the first one's manifests have other words, and no digest.
+_FIRST_FORMAT, _SECOND_FORMAT = "dsllama-checkpoint-1", "dsllama-checkpoint-2"
 _NAME = re.compile(r"update_(\d{7,})")
 # What must be the same for the weights to fit, and for "update u" to mean the same samples.
 _SHAPE = ("n_embd", "n_heads", "n_kv_heads", "n_layers", "multiple_of", "eps", "theta", "tie_embeddings")
@@ -57,6 +62,11 @@ class Checkpoint:
     @property
     def tokens(self) -> int:
         return self.manifest["tokens"]
+
+    @property
+    def portable(self) -> bool:
+        """Whether its state is kept by name, to be read by any topology."""
+        return self.manifest["state"] == "portable"
 
     def config(self) -> TrainingConfig:
         """The configuration that the checkpoint was trained with."""
@@ -170,37 +180,57 @@ def incompatibilities(
                 f"use the tokenizer that lies in the checkpoint, and vocab_size {theirs['vocab_size'] or 'null'}",
             )
         )
+    return problems if checkpoint.portable else problems + _other_topology(checkpoint, parallel_layout)
+
+
+def _other_topology(checkpoint: Checkpoint, parallel_layout: dict[str, Any]) -> list[Problem]:
+    """Why DeepSpeed's own files do not load: they hold an engine's memory."""
     saved = checkpoint.manifest["parallel_layout"]
     if saved["zero_stage"] == 0 and saved["precision"] != "fp32" and parallel_layout["zero_stage"] != 0:
         # Such a run is ZeRO-1 today, so "resume with zero_stage 0" would lead nowhere.
         rule = f"was saved by DeepSpeed's own stage 0 in {saved['precision']}, which computed wrong updates"
         remedy = "start anew; `dsllama generate` and `dsllama export` still read it"
-        return [*problems, Problem(str(checkpoint.path), rule, remedy)]
-    for name, value in parallel_layout.items():
+        return [Problem(str(checkpoint.path), rule, remedy)]
+    if "nvme" in (saved["offload_optimizer"], saved["offload_params"]):
+        rule = "holds DeepSpeed's own files of a run with NVMe offload, which load as other weights without a word"
+        return [Problem(str(checkpoint.path), rule, "start anew, and leave checkpoint_format at portable")]
+    return [
+        Problem(
+            name,
+            f"differs from the checkpoint's {saved[name]!r}, and DeepSpeed's own files load only as they were saved",
+            f"resume with {name} = {saved[name]}; a checkpoint saved with checkpoint_format portable loads anywhere",
+            value,
+        )
+        for name, value in parallel_layout.items()
         # DeepSpeed's stage 0 files hold everything in one piece: they load on any number of ranks.
-        if saved[name] != value and not (name == "ranks" and saved["zero_stage"] == parallel_layout["zero_stage"] == 0):
-            problems.append(
-                Problem(
-                    name,
-                    f"differs from the checkpoint's {saved[name]!r}, and DeepSpeed's ZeRO files "
-                    "load only as they were saved",
-                    f"resume with {name} = {saved[name]}",
-                    value,
-                )
-            )
-    return problems
+        if saved[name] != value and not (name == "ranks" and saved["zero_stage"] == parallel_layout["zero_stage"] == 0)
+    ]
+
+
+def topology_change(checkpoint: Checkpoint, config: TrainingConfig, parallel_layout: dict[str, Any]) -> str:
+    """What is another now than when the checkpoint was saved, in words; empty where nothing is."""
+    saved = {**checkpoint.manifest["parallel_layout"], "batch_size": checkpoint.config().batch_size}
+    now = {**parallel_layout, "batch_size": config.batch_size}
+    return ", ".join(f"{name} {saved[name]} -> {value}" for name, value in now.items() if saved[name] != value)
 
 
 # ---------------------------------------------------------------- saving and loading
 
 
 def save(
-    folder: Path, world: World, engine: Any, update: int, manifest: dict[str, Any], attachments: dict[str, str]
+    folder: Path,
+    world: World,
+    engine: Any,
+    update: int,
+    manifest: dict[str, Any],
+    attachments: dict[str, str],
+    form: str = "portable",
 ) -> Checkpoint:
     """Write and publish `folder`/update_N. Collective.
 
     manifest: what the caller knows (tokens, loss, data position, parallel_layout ...). attachments: name -> text of
-    small files that lie beside the engine's. Raises OSError on every rank if any rank failed to write.
+    small files that lie beside the engine's. form: "portable", or "deepspeed" for what the engine itself writes.
+    Raises OSError on every rank if any rank failed to write.
     """
     final = folder / f"update_{update:07d}"
     aside = folder / f".writing-{final.name}"
@@ -208,16 +238,23 @@ def save(
         if world.is_main:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
+    manifest = {**manifest, "state": form}
+    if form == "portable":
+        manifest |= state.description(engine)
+    mine: dict[str, Any] = {}
     with _all_or_none(world):
-        deepspeed_engine.save(engine, aside)
-        torch.save(random_state(world), aside / f"random_rank_{world.rank}.pt")
+        if form == "portable":
+            mine[file_name(world.rank)] = state.save(engine, aside, random_state(world))
+        else:
+            deepspeed_engine.save(engine, aside)
+            torch.save(random_state(world), aside / f"random_rank_{world.rank}.pt")
         if world.is_main:
             for name, text in attachments.items():
                 (aside / name).write_text(text, encoding="utf-8")
-    mine = {}
     with _all_or_none(world):
-        names = sorted(str(p.relative_to(aside)) for p in aside.rglob("*") if p.is_file())
-        mine = {name: _describe(aside / name) for name in names[world.rank :: world.size]}
+        written = {file_name(rank) for rank in range(world.size)} if form == "portable" else set()
+        names = sorted({str(p.relative_to(aside)) for p in aside.rglob("*") if p.is_file()} - written)
+        mine |= {name: _describe(aside / name) for name in names[world.rank :: world.size]}
     parts: list[dict[str, Any]] = [{}] * world.size
     dist.all_gather_object(parts, mine)
     files = {name: entry for part in parts for name, entry in part.items()}
@@ -233,27 +270,46 @@ def save(
     return Checkpoint(final, content)
 
 
-def load(checkpoint: Checkpoint, world: World, engine: Any) -> None:
-    """Restore the engine's and this rank's random state. Collective. Raises RuntimeError where it cannot."""
-    deepspeed_engine.load(engine, checkpoint.path)
-    file = checkpoint.path / f"random_rank_{world.rank}.pt"
-    if file.exists() and checkpoint.manifest["parallel_layout"]["ranks"] == world.size:
-        restore_random_state(torch.load(file, weights_only=True), world)
+def load(checkpoint: Checkpoint, world: World, engine: Any, precision: str) -> None:
+    """Restore the engine's and this rank's random state, and prove it. Collective.
+
+    precision: of this run. Raises RuntimeError, on every rank, where it cannot be loaded or comes out otherwise.
+    """
+    manifest = checkpoint.manifest
+    same_ranks = manifest["parallel_layout"]["ranks"] == world.size
+    if not checkpoint.portable:
+        deepspeed_engine.load(engine, checkpoint.path)
+        file = checkpoint.path / f"random_rank_{world.rank}.pt"
+        if file.exists() and same_ranks:
+            restore_random_state(torch.load(file, weights_only=True), world)
+        return
+    with Source(checkpoint.path, manifest) as source:
+        try:
+            state.load(engine, source, manifest)
+        except DamagedFile as error:
+            raise RuntimeError(f"{checkpoint.path}: {error}") from None
+        if same_ranks:
+            restore_random_state(dict(source.own(world.rank)), world)
+        else:  # draws that no rank has made before
+            seed_everything(manifest["seed"] + 1 + world.rank + 1000 * checkpoint.update)
+    wrong = state.proof(engine, manifest, precision)
+    if wrong:
+        raise RuntimeError(f"{checkpoint.path}: {wrong}")
 
 
 def random_state(world: World) -> dict[str, torch.Tensor]:
     """torch's random state on this rank (dropout draws from it)."""
-    state = {"cpu": torch.get_rng_state()}
+    found = {"cpu": torch.get_rng_state()}
     if world.device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(world.device)
-    return state
+        found["cuda"] = torch.cuda.get_rng_state(world.device)
+    return found
 
 
-def restore_random_state(state: dict[str, torch.Tensor], world: World) -> None:
+def restore_random_state(saved: dict[str, torch.Tensor], world: World) -> None:
     """Put back what `random_state` took."""
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and world.device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], world.device)
+    torch.set_rng_state(saved["cpu"])
+    if "cuda" in saved and world.device.type == "cuda":
+        torch.cuda.set_rng_state(saved["cuda"], world.device)
 
 
 def seed_everything(seed: int) -> None:
@@ -270,9 +326,11 @@ def _read(path: Path, checksums: bool = True) -> tuple[dict[str, Any], str]:
         return {}, "there is no such folder"
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
+        if manifest["format"] not in (FORMAT, _SECOND_FORMAT, _FIRST_FORMAT):
             return {}, f"its format is {manifest['format']!r}, not {FORMAT!r}"
-        if manifest["digest"] != _digest(manifest):
+        if manifest["format"] == _FIRST_FORMAT:
+            manifest["parallel_layout"] = manifest.pop("topology")
+        elif manifest["digest"] != _digest(manifest):
             return {}, f"its {MANIFEST} was changed after it was saved"
         named = _NAME.fullmatch(path.name)
         if named and int(named[1]) != manifest["update"]:
@@ -282,6 +340,7 @@ def _read(path: Path, checksums: bool = True) -> tuple[dict[str, Any], str]:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return {}, f"its {MANIFEST} cannot be read ({type(error).__name__}: {error})"
     try:
+        manifest.setdefault("state", "deepspeed")
         reason = _file_problem(path, manifest, checksums)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         return {}, f"its {MANIFEST} says something else than it should ({type(error).__name__}: {error})"
@@ -298,7 +357,11 @@ def _file_problem(path: Path, manifest: dict[str, Any], checksums: bool) -> str:
             return f"{name} is missing"
         if size != entry["bytes"]:
             return f"{name} has {size} bytes instead of {entry['bytes']}"
-        if checksums and sha256(path / name) != entry["sha256"]:
+        if "blocks" in entry:
+            problem = problem_of(path / name, entry) if checksums else ""
+            if problem:
+                return problem
+        elif checksums and sha256(path / name) != entry["sha256"]:
             return f"{name} does not have the checksum that it was saved with"
     return ""
 

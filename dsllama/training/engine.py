@@ -133,6 +133,9 @@ def unsupported_here(config: TrainingConfig, ds_config: Json) -> list[Problem]:
         # Without this, rank 0 would fail to import it and the others would wait for rank 0.
         if ds_config[monitor]["enabled"] and importlib.util.find_spec(package) is None:
             problems.append(Problem(f"{monitor}.enabled", f"needs the package {package}", f"pip install {package}"))
+    if "nvme" in devices and config.checkpoint_format == "deepspeed":
+        rule = "deepspeed would not bring back the state of a run that offloads to nvme: DeepSpeed's load leaves it out"
+        problems.append(Problem("checkpoint_format", rule, "use checkpoint_format portable"))
     if "nvme" in devices and not _has_libaio():
         rule = "to nvme needs the headers of libaio to build DeepSpeed's async_io"
         problems.append(Problem("offload", rule, "apt-get install libaio-dev (or libaio-devel), or offload to cpu"))
@@ -265,12 +268,24 @@ def save(engine: Any, folder: Path) -> None:
         except Exception as error:
             failures.append(error)
 
-    writer.save = write
+    def copy_script(*arguments: Any) -> None:
+        try:
+            type(engine)._copy_recovery_script(engine, *arguments)
+        except Exception as error:
+            failures.append(error)
+
+    def create(*arguments: Any, **options: Any) -> None:
+        try:
+            type(writer).makedirs(writer, *arguments, **options)
+        except Exception as error:
+            failures.append(error)
+
+    writer.save, writer.makedirs, engine._copy_recovery_script = write, create, copy_script
     try:
         # `save_latest` writes its pointer before the other ranks have finished, so it is never used here.
         engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
     finally:
-        del writer.save
+        del writer.save, writer.makedirs, engine._copy_recovery_script
     dist.barrier()
     if failures:
         raise OSError(str(failures[0]))

@@ -272,6 +272,7 @@ def _complain(text: str, rank: int, code: int) -> int:
 
 def _announce(job: Job) -> None:
     from dsllama.deepspeed_config import engine_lines
+    from dsllama.training.checkpoint import topology_change
 
     print(
         "\n".join(
@@ -290,6 +291,9 @@ def _announce(job: Job) -> None:
             "tokens",
             flush=True,
         )
+        change = topology_change(job.resume_from, job.config, job.parallel_layout)
+        if change:
+            print(f"topology     {change}: the state is taken up by name, the losses go on", flush=True)
 
 
 def _summarize(job: Job, outcome: Outcome) -> None:

@@ -301,6 +301,7 @@ class Trainer:
             "vocab_size": self.derived.vocab_size,
             "schedule": self.scheduler.state_dict(),
             "skipping": asdict(self.streak),
+            "seed": config.seed,
             "versions": versions(),
         }
         # The tokenizer that the run began with: the file may have been moved, or trained anew, since.
@@ -308,7 +309,13 @@ class Trainer:
         with self.clock.paused() as clock:
             try:
                 self.last_checkpoint = checkpoints.save(
-                    Path(config.ckpt_dir), self.world, self.engine, self.update, manifest, attachments
+                    Path(config.ckpt_dir),
+                    self.world,
+                    self.engine,
+                    self.update,
+                    manifest,
+                    attachments,
+                    config.checkpoint_format,
                 )
             except OSError as error:
                 raise TrainingFailed(
@@ -328,15 +335,15 @@ class Trainer:
     def _resume(self, source: Checkpoint) -> None:
         fresh = self.scheduler.state_dict()
         try:
-            checkpoints.load(source, self.world, self.engine)
+            checkpoints.load(source, self.world, self.engine, self.config.precision)
         except RuntimeError as error:
             raise TrainingFailed(f"the checkpoint could not be loaded: {error}") from None
         self.update = source.update
         self.streak = Streak(**source.manifest.get("skipping", {}))
         theirs = {**source.manifest["schedule"], "current_step": 1}
-        if not self.config.use_prev_scheduler:
-            self.scheduler.load_state_dict(fresh)
-        elif theirs != fresh and self.world.is_main:
+        goes_on = self.config.use_prev_scheduler
+        self.scheduler.load_state_dict(source.manifest["schedule"] if goes_on else fresh)
+        if goes_on and theirs != fresh and self.world.is_main:
             changed = {name: f"{theirs[name]} (not {fresh[name]})" for name in fresh if theirs[name] != fresh[name]}
             print(
                 f"the checkpoint's schedule goes on: {changed}; --use_prev_scheduler false takes the new one",

@@ -1,7 +1,8 @@
 """The whole model's weights from a checkpoint of any ZeRO stage, in one process and without a GPU.
 
-Taken from the optimizer's fp32 copy where there is one, else from the model's own. DeepSpeed's `zero_to_fp32`
-reads stages 1 to 3, but not what its BF16 optimizer writes (bf16 at stage 1): that one is put together here.
+A portable one holds them by name. From DeepSpeed's own files they are taken from the optimizer's fp32 copy where there
+is one, else from the model's own. DeepSpeed's `zero_to_fp32` reads stages 1 to 3, but not what its BF16 optimizer
+writes (bf16 at stage 1): that one is put together here.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsllama.checkpoint.fragments import Source
 from dsllama.training.checkpoint import Checkpoint
 from dsllama.training.engine import TAG, accelerator
 
 
 def consolidated_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """All weights in fp32, by the model's names."""
+    if checkpoint.portable:
+        return _by_name(checkpoint)
     accelerator()  # reading the files imports DeepSpeed, which would complain that there is no GPU
     folder = checkpoint.path / TAG
     stage = checkpoint.manifest["parallel_layout"]["zero_stage"]
@@ -33,6 +37,12 @@ def consolidated_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
         return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.path), tag=TAG)
+
+
+def _by_name(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    with Source(checkpoint.path, checkpoint.manifest) as source:
+        weights = {name: source.read(name) for name in checkpoint.manifest["parameters"]}
+    return weights | {alias: weights[name] for alias, name in checkpoint.manifest["shared"].items()}
 
 
 def _from_bf16_optimizer(folder: Path, ranks: int) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -10,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from dsllama.inference import load_model
+from dsllama.training.checkpoint import list_checkpoints, open_checkpoint
 from dsllama.training.run import main as train
-from tests.campaign import RESUMED, RESUMED_LONG, Campaign, halfway
+from tests.campaign import HALF, OWN_FILES, RESUMED, RESUMED_LONG, Campaign, halfway
 from tests.conftest import Run, one_clear_screen, starts_processes
 
 pytestmark = starts_processes
@@ -29,16 +32,80 @@ def test_a_resumed_run_gives_the_same_losses_to_the_bit(campaign: Campaign, name
     assert resumed == {update: loss for update, loss in whole.items() if update > halfway(name)}
 
 
+def test_a_run_goes_on_with_other_ranks_stage_and_micro_batch_and_says_so(campaign: Campaign) -> None:
+    whole, moved = campaign.losses("fp32_stage0"), campaign.losses("moved", 2)
+    assert moved == pytest.approx({update: loss for update, loss in whole.items() if update > HALF}, rel=1e-5)
+    said = campaign.ended("moved", 2).said
+    assert "topology     ranks 1 -> 2, zero_stage 0 -> 3, batch_size 2 -> 1: the state is taken up by name" in said
+
+
 def test_a_finished_run_says_that_nothing_is_left(campaign: Campaign, capsys) -> None:
     finished = campaign.run("fp32_stage1")
     assert train(Run(finished.folder, {**finished.settings, "load_ckpt": "auto"}).words()) == 0
     assert "nothing is left to train" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", OWN_FILES)
+def test_the_engines_own_files_are_followed_by_those_that_are_asked_for(campaign: Campaign, name: str) -> None:
+    own, resumed = (campaign.run(n, 2) for n in (name, f"{name}_resumed"))
+    saved = list_checkpoints(own.folder / "checkpoints")[-1]
+    assert (saved / "engine").is_dir()
+    assert not open_checkpoint(saved).portable
+    assert open_checkpoint(resumed.folder / "checkpoints").portable
+
+
+@pytest.mark.parametrize("changes", [{"zero_stage": 3}, {"precision": "bf16"}])
+def test_the_engines_own_files_are_refused_in_another_topology(
+    campaign: Campaign, changes: dict[str, Any], tmp_path: Path, capsys
+) -> None:
+    finished = campaign.run("own_files")
+    copy = Run(tmp_path / "copy", {**finished.settings, **changes, "load_ckpt": "true"})
+    shutil.copytree(finished.folder, copy.folder)
+    assert train(copy.words()) == 2
+    message = one_clear_screen(capsys.readouterr())
+    assert next(iter(changes)) in message
+    assert "checkpoint_format portable" in message
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_checkpoints_of_earlier_formats_are_whole(campaign: Campaign, number: int, tmp_path: Path) -> None:
+    saved = list_checkpoints(campaign.run("own_files").folder / "checkpoints")[-1]
+    copy = shutil.copytree(saved, tmp_path / saved.name)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    del manifest["state"], manifest["digest"]
+    manifest["format"] = f"dsllama-checkpoint-{number}"
+    if number == 1:
+        manifest["topology"] = manifest.pop("parallel_layout")
+    else:
+        text = json.dumps(manifest, sort_keys=True)
+        manifest["digest"] = "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    opened = open_checkpoint(copy)
+    assert not opened.portable
+    assert opened.manifest["parallel_layout"]["ranks"] == 1
+    assert load_model(copy).state_dict().keys() == load_model(saved).state_dict().keys()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_state_that_comes_out_otherwise_is_refused_on_every_rank(campaign: Campaign, ranks: int) -> None:
+    for rank, told in enumerate(campaign.ended("refused_loads", ranks).values):
+        assert "the loss of the pinned sequence is" in told["untrue"], rank
+        assert "was 7.0" in told["untrue"]
+        assert f"state_{ranks - 1:05d}.safetensors is damaged in block 0 (" in told["flipped"], rank
+        assert told["whole"] == ""
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_rank_that_cannot_copy_deepspeeds_script_leaves_nobody_waiting(campaign: Campaign, ranks: int) -> None:
+    first, *others = campaign.ended("unwritable_script", ranks).values
+    assert "zero_to_fp32.py" in first
+    assert others == [""] * (ranks - 1)
+
+
 def damage(update: int, how: str) -> Callable[[Run], None]:
     def apply(trained: Run) -> None:
         folder = trained.checkpoint(update)
-        file = max((folder / "engine").iterdir(), key=lambda p: p.stat().st_size)
+        file = folder / "state_00000.safetensors"
         if how == "truncated":
             file.write_bytes(file.read_bytes()[:-1])
         elif how == "flipped":
@@ -74,8 +141,6 @@ CHECKPOINTS: dict[str, tuple[list[Callable[[Run], Any]], dict[str, Any], list[st
         {"load_ckpt": "true", "tokens_per_update": 512, "warmup_iterations": 1},
         ["tokens_per_update = 512", "256"],
     ),
-    "another stage": ([], {"load_ckpt": "true", "zero_stage": 3}, ["zero_stage", "1"]),
-    "another precision": ([], {"load_ckpt": "true", "precision": "bf16"}, ["precision", "fp32"]),
     "another order of the data": ([], {"load_ckpt": "true", "shuffle": "true"}, ["shuffle", "True", "False"]),
     "other held-out data": ([], {"load_ckpt": "true", "validation_tokens": 500}, ["validation_tokens", "500"]),
     "asked for by name and truncated": (
@@ -87,7 +152,7 @@ CHECKPOINTS: dict[str, tuple[list[Callable[[Run], Any]], dict[str, Any], list[st
     "asked for by name and one bit is another": (
         [damage(20, "flipped")],
         {"load_ckpt": "update_0000020"},
-        ["checksum"],
+        ["state_00000.safetensors is damaged in block 0 ("],
     ),
     "newer ones lie ahead": (
         [],

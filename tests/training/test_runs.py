@@ -19,7 +19,7 @@ from dsllama.export.huggingface import to_huggingface
 from dsllama.inference import export_checkpoint, load_model
 from dsllama.model import LLaMaTransformer
 from dsllama.training.checkpoint import list_checkpoints
-from tests.campaign import STAGES, UPDATES, Campaign, on_one_and_two_ranks
+from tests.campaign import OWN_FILES, STAGES, UPDATES, Campaign, on_one_and_two_ranks
 from tests.conftest import TINY, TinyData, starts_processes
 
 pytestmark = starts_processes
@@ -102,15 +102,17 @@ def test_a_checkpoint_of_any_stage_loads_in_one_process_with_the_plain_loops_wei
         assert float(weight.double().sum()) == pytest.approx(plain[name][0], rel=1e-3, abs=1e-3), name
 
 
-@on_one_and_two_ranks("bf16_stage", (0, 1, 2))
-def test_the_fp32_weights_of_a_bf16_checkpoint_round_to_the_weights_that_were_trained(
-    campaign: Campaign, stage: int, ranks: int
-) -> None:
-    checkpoint = list_checkpoints(campaign.run(f"bf16_stage{stage}", ranks).folder / "checkpoints")[-1]
-    trained = torch.load(checkpoint / "engine" / "mp_rank_00_model_states.pt", weights_only=False)["module"]
-    consolidated = load_model(checkpoint).state_dict()
-    assert consolidated.keys() == trained.keys()
-    assert [name for name in trained if not torch.equal(consolidated[name].bfloat16(), trained[name])] == []
+@pytest.mark.parametrize("name", OWN_FILES)
+def test_the_weights_by_name_are_those_in_the_engines_own_files(campaign: Campaign, name: str) -> None:
+    own, by_name = (
+        list_checkpoints(campaign.run(n, 2).folder / "checkpoints")[-1] for n in (name, name.removesuffix("_own_files"))
+    )
+    theirs, ours = load_model(own).state_dict(), load_model(by_name).state_dict()
+    assert ours.keys() == theirs.keys()
+    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+    if "stage3" not in name:  # there no file holds whole weights
+        trained = torch.load(own / "engine" / "mp_rank_00_model_states.pt", weights_only=False)["module"]
+        assert [n for n, weight in trained.items() if not torch.equal(ours[n].to(weight.dtype), weight)] == []
 
 
 @pytest.mark.parametrize("stage", STAGES)

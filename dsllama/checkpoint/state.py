@@ -1,0 +1,157 @@
+"""An engine's state by name: written by any topology, taken up by any other."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dsllama.checkpoint.fragments import KINDS, DamagedFile, Fragment, Source, file_name, write
+from dsllama.checkpoint.holders import (
+    Holder,
+    Piece,
+    adam_step,
+    holders,
+    loading,
+    replicated,
+    resident,
+    set_adam_step,
+    tensors,
+)
+
+# What a dynamic loss scaler has come to, as against how it was set up.
+_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+# Tokens of the pinned sequence, at most.
+_PINNED = 512
+# How far its loss may come out otherwise, relatively: fp32 sums in another order (on a GPU in TF32), half precision
+# rounds weights and activations.
+_TOLERANCE = {"fp32": 2e-3, "bf16": 2e-2, "fp16": 2e-2}
+
+
+def save(engine: Any, folder: Path, own: dict[str, Tensor]) -> dict[str, Any]:
+    """Write what this rank is to write; returns the file's entry for the manifest. Raises OSError.
+
+    own: U8 tensors that belong to this rank alone. Where every rank holds everything, each writes its share of it.
+    """
+    return write(folder / file_name(dist.get_rank()), list(_fragments(engine)), _data(engine), own)
+
+
+def _fragments(engine: Any) -> Iterator[Fragment]:
+    for holder in holders(engine):
+        for piece in _share(engine, holder):
+            for kind in KINDS:
+                yield Fragment(piece.name, kind, piece.shape, piece.start, piece.numel)
+
+
+def _data(engine: Any) -> Iterator[Tensor]:
+    """Their elements, in that order; what lies on NVMe comes into memory group by group."""
+    for holder in holders(engine):
+        with resident(engine, holder) as here:
+            found = tensors(engine, here)
+            for piece in _share(engine, here):
+                for kind in KINDS:
+                    # Where all updates so far were skipped there are no moments yet.
+                    whole = found.get(kind)
+                    yield torch.zeros(piece.numel) if whole is None else _part(whole, piece)
+
+
+def _share(engine: Any, holder: Holder) -> Iterator[Piece]:
+    """The pieces that this rank is to write of a holder."""
+    rank, ranks, shared_out = dist.get_rank(), dist.get_world_size(), replicated(engine)
+    for piece in holder.pieces:
+        low, high = 0, piece.numel
+        if shared_out:
+            low, high = piece.numel * rank // ranks, piece.numel * (rank + 1) // ranks
+        if low < high:
+            yield Piece(piece.name, piece.shape, piece.start + low, high - low, piece.offset + low)
+
+
+def _part(whole: Tensor, piece: Piece) -> Tensor:
+    return whole[piece.offset : piece.offset + piece.numel]
+
+
+def description(engine: Any) -> dict[str, Any]:
+    """What is the same on all ranks: shapes, counters, loss scale, and the loss of the pinned batch. Collective."""
+    parameters = dict(engine.module.named_parameters())
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    everything = engine.module.named_parameters(remove_duplicate=False)
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    return {
+        "parameters": {name: list(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()},
+        "shared": {name: names[id(p)] for name, p in everything if names[id(p)] != name},
+        "optimizer_step": max((adam_step(engine, holder) for holder in holders(engine)), default=0),
+        "engine": {name: int(getattr(engine, name)) for name in _COUNTERS},
+        "loss_scaler": {name: getattr(scaler, name) for name in _SCALER_STATE if hasattr(scaler, name)},
+        "pinned_loss": pinned_loss(engine),
+    }
+
+
+@torch.no_grad()
+def load(engine: Any, source: Source, manifest: dict[str, Any]) -> None:
+    """Take up a saved state, whatever topology it was saved with. Collective.
+
+    Raises DamagedFile, on every rank, where a file is not as it was saved; another source may be loaded after that.
+    """
+    failure = ""
+    with loading(engine):  # to its end on every rank: one that left it would leave the others waiting
+        for holder in holders(engine):
+            with resident(engine, holder, changed=True) as here:
+                found = tensors(engine, here, create=True)
+                try:
+                    for piece in here.pieces if not failure else []:
+                        for kind in KINDS:
+                            source.read_into(piece.name, kind, piece.start, _part(found[kind], piece))
+                except DamagedFile as error:
+                    failure = str(error)
+                set_adam_step(engine, here, manifest["optimizer_step"])
+    failures: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    if any(failures):
+        raise DamagedFile("; ".join(sorted(set(filter(None, failures)))))
+    for name, value in manifest["engine"].items():
+        setattr(engine, name, value)
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if scaler is not None and scaler.dynamic:
+        for name, value in manifest["loss_scaler"].items():
+            setattr(scaler, name, value)
+
+
+# ---------------------------------------------------------------- the proof
+
+
+@torch.no_grad()
+def pinned_loss(engine: Any) -> float:
+    """The first rank's loss of a sequence that is the same in every run of a vocabulary and length. Collective."""
+    config, vocabulary = engine.module.config, engine.module.vocab_size
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, vocabulary, (1, min(config.max_seq_len, _PINNED) + 1), generator=generator)
+    tokens = tokens.to(engine.device)
+    engine.eval()
+    with _eager(engine):
+        loss = engine(tokens[:, :-1], tokens[:, 1:]).detach().double().reshape(1)
+    engine.train()
+    dist.broadcast(loss, 0)
+    return float(loss)
+
+
+def proof(engine: Any, manifest: dict[str, Any], precision: str) -> str:
+    """What is wrong with the state that was loaded: its pinned loss is another; empty where nothing is. Collective."""
+    saved, now = manifest["pinned_loss"], pinned_loss(engine)
+    tolerance = max(_TOLERANCE[precision], _TOLERANCE[manifest["parallel_layout"]["precision"]])
+    if abs(now - saved) <= tolerance * abs(saved):
+        return ""
+    return (
+        f"the loss of the pinned sequence is {now:.6f} after loading, and was {saved:.6f} when it was saved "
+        f"(tolerance {tolerance:g} of it)"
+    )
+
+
+def _eager(engine: Any) -> contextlib.AbstractContextManager[Any]:
+    """Without compilation: a shape of its own would be compiled anew."""
+    return torch.compiler.set_stance("force_eager") if engine.is_compiled else contextlib.nullcontext()
