@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
+from dsllama.checkpoint.state import Pinned, pinned_loss
 from dsllama.training import checkpoint as checkpoints
 from dsllama.training import engine as deepspeed_engine
 from dsllama.training.checkpoint import Checkpoint
@@ -155,7 +156,7 @@ def _save(engine: Any, folder: str) -> Checkpoint:
     Path(folder).mkdir(parents=True, exist_ok=True)
     dist.barrier()
     files = {"config.yaml": yaml.safe_dump(config.to_dict())}
-    return checkpoints.save(Path(folder), _world(), engine, BEFORE, manifest, files)
+    return checkpoints.save(Path(folder), _world(), engine, BEFORE, manifest, files, _pinned(engine))
 
 
 def move(settings: dict[str, Any], folder: str) -> dict[str, Any]:
@@ -168,7 +169,7 @@ def move(settings: dict[str, Any], folder: str) -> dict[str, Any]:
 
     engine = exactness.build({**settings, "seed": 4321})
     saved = checkpoints.open_checkpoint(Path(folder) / f"update_{BEFORE:07d}")
-    checkpoints.load(saved, _world(), engine, engine.module.config.precision)
+    checkpoints.load(saved, _world(), engine, _pinned(engine), engine.module.config.precision)
     engine.lr_scheduler.load_state_dict(saved.manifest["schedule"])
     if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
         engine.optimizer._lazy_init_hp_params_optimizer_state()  # as DeepSpeed's readers need before the next update
@@ -180,7 +181,14 @@ def move(settings: dict[str, Any], folder: str) -> dict[str, Any]:
             master = held[f"{name}|weight"].view(parameter.shape).to(parameter.dtype)
             if not torch.equal(master, parameter.detach()):
                 uncast.append(name)
-    return {"different": different, "uncast": uncast, "steps": engine.global_steps, "losses": _losses(engine)}
+    pinned = [saved.manifest["pinned_loss"], pinned_loss(engine, _pinned(engine))]
+    return {
+        "different": different,
+        "uncast": uncast,
+        "pinned": pinned,
+        "steps": engine.global_steps,
+        "losses": _losses(engine),
+    }
 
 
 def _losses(engine: Any) -> list[float]:
@@ -211,9 +219,14 @@ def refused(folder: str) -> dict[str, Any]:
     return told
 
 
+def _pinned(engine: Any) -> Pinned:
+    tokens = exactness.rows(1, 0, engine.module.config)[None]
+    return tokens[:, :-1], tokens[:, 1:]
+
+
 def _complaint(engine: Any, saved: Checkpoint) -> str:
     try:
-        checkpoints.load(saved, _world(), engine, "bf16")
+        checkpoints.load(saved, _world(), engine, _pinned(engine), "bf16")
     except RuntimeError as error:
         return str(error)
     return ""

@@ -27,11 +27,13 @@ from dsllama.checkpoint.holders import (
 # What a dynamic loss scaler has come to, as against how it was set up.
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
-# Tokens of the pinned sequence, at most.
+# Two of (1, T), int64: what the model is fed and what it is to predict.
+Pinned = tuple[Tensor, Tensor]
+# Tokens of the pinned sequence that count.
 _PINNED = 512
-# How far its loss may come out otherwise, relatively: fp32 sums in another order (on a GPU in TF32), half precision
-# rounds weights and activations.
-_TOLERANCE = {"fp32": 2e-3, "bf16": 2e-2, "fp16": 2e-2}
+# How far its loss may come out otherwise, relatively: another kind of device sums in another order (a GPU in TF32), half
+# precision rounds weights and activations. On one CPU it is the same to the bit, and 4e-5 between fp32 and bf16.
+_TOLERANCE = {"fp32": 5e-4, "bf16": 5e-3, "fp16": 5e-3}
 
 
 def save(engine: Any, folder: Path, own: dict[str, Tensor]) -> dict[str, Any]:
@@ -76,7 +78,7 @@ def _part(whole: Tensor, piece: Piece) -> Tensor:
     return whole[piece.offset : piece.offset + piece.numel]
 
 
-def description(engine: Any) -> dict[str, Any]:
+def description(engine: Any, pinned: Pinned) -> dict[str, Any]:
     """What is the same on all ranks: shapes, counters, loss scale, and the loss of the pinned batch. Collective."""
     parameters = dict(engine.module.named_parameters())
     names = {id(parameter): name for name, parameter in parameters.items()}
@@ -88,7 +90,7 @@ def description(engine: Any) -> dict[str, Any]:
         "optimizer_step": max((adam_step(engine, holder) for holder in holders(engine)), default=0),
         "engine": {name: int(getattr(engine, name)) for name in _COUNTERS},
         "loss_scaler": {name: getattr(scaler, name) for name in _SCALER_STATE if hasattr(scaler, name)},
-        "pinned_loss": pinned_loss(engine),
+        "pinned_loss": pinned_loss(engine, pinned),
     }
 
 
@@ -126,23 +128,20 @@ def load(engine: Any, source: Source, manifest: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def pinned_loss(engine: Any) -> float:
-    """The first rank's loss of a sequence that is the same in every run of a vocabulary and length. Collective."""
-    config, vocabulary = engine.module.config, engine.module.vocab_size
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, vocabulary, (1, min(config.max_seq_len, _PINNED) + 1), generator=generator)
-    tokens = tokens.to(engine.device)
+def pinned_loss(engine: Any, pinned: Pinned) -> float:
+    """The first rank's loss of a sequence that is the same at every save and load of a run. Collective."""
+    tokens, targets = (tensor[:, :_PINNED].to(engine.device) for tensor in pinned)
     engine.eval()
     with _eager(engine):
-        loss = engine(tokens[:, :-1], tokens[:, 1:]).detach().double().reshape(1)
+        loss = engine(tokens, targets).detach().double().reshape(1)
     engine.train()
     dist.broadcast(loss, 0)
     return float(loss)
 
 
-def proof(engine: Any, manifest: dict[str, Any], precision: str) -> str:
+def proof(engine: Any, manifest: dict[str, Any], pinned: Pinned, precision: str) -> str:
     """What is wrong with the state that was loaded: its pinned loss is another; empty where nothing is. Collective."""
-    saved, now = manifest["pinned_loss"], pinned_loss(engine)
+    saved, now = manifest["pinned_loss"], pinned_loss(engine, pinned)
     tolerance = max(_TOLERANCE[precision], _TOLERANCE[manifest["parallel_layout"]["precision"]])
     if abs(now - saved) <= tolerance * abs(saved):
         return ""

@@ -150,6 +150,10 @@ class DatasetLoader:
         for step in range(len(self)):
             yield self._to_device(self._batches.batch_at(step * self._batches.global_micro_batch, once=True))
 
+    def first_sequence(self) -> Batch:
+        """The first sequence of the stream: x and y of (1, seq_len), int64, on the CPU; moves no position."""
+        return self._batches.gather(np.zeros(1, dtype=np.int64))
+
     def state_dict(self) -> dict[str, Any]:
         """The position, and what it is a position in; plain values. Batches that were only read ahead do not count."""
         return {"consumed_samples": self.consumed_samples, **self._identity}
@@ -239,7 +243,7 @@ class _Batches:
         once: after the last sample, rows without targets instead of another epoch.
         """
         step = position // self.global_micro_batch % self._planned
-        return self._gather(self._plan(position - step * self.global_micro_batch, once)[step])
+        return self.gather(self._plan(position - step * self.global_micro_batch, once)[step])
 
     def _offsets(self, position: int, once: bool) -> npt.NDArray[np.int64]:
         """Where in the part each row of the micro-steps from a position on begins: (planned steps, B)."""
@@ -253,7 +257,7 @@ class _Batches:
                 samples[epochs == epoch] = permute(samples[epochs == epoch], self.samples, self._seed, epoch)
         return samples * self._seq_len
 
-    def _gather(self, offsets_B: npt.NDArray[np.int64]) -> Batch:
+    def gather(self, offsets_B: npt.NDArray[np.int64]) -> Batch:
         """The rows that begin at these tokens of the part, in memory of their own."""
         length = self._seq_len
         rows = self._one_slice(offsets_B) if self._is_one_slice(offsets_B) else self._row_by_row(offsets_B)

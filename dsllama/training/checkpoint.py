@@ -224,12 +224,14 @@ def save(
     update: int,
     manifest: dict[str, Any],
     attachments: dict[str, str],
+    pinned: state.Pinned,
     form: str = "portable",
 ) -> Checkpoint:
     """Write and publish `folder`/update_N. Collective.
 
     manifest: what the caller knows (tokens, loss, data position, parallel_layout ...). attachments: name -> text of
-    small files that lie beside the engine's. form: "portable", or "deepspeed" for what the engine itself writes.
+    small files that lie beside the engine's. pinned: whose loss is to come out again at a load. form: "portable", or
+    "deepspeed" for what the engine itself writes.
     Raises OSError on every rank if any rank failed to write.
     """
     final = folder / f"update_{update:07d}"
@@ -240,7 +242,7 @@ def save(
             aside.mkdir(parents=True)
     manifest = {**manifest, "state": form}
     if form == "portable":
-        manifest |= state.description(engine)
+        manifest |= state.description(engine, pinned)
     mine: dict[str, Any] = {}
     with _all_or_none(world):
         if form == "portable":
@@ -270,10 +272,11 @@ def save(
     return Checkpoint(final, content)
 
 
-def load(checkpoint: Checkpoint, world: World, engine: Any, precision: str) -> None:
+def load(checkpoint: Checkpoint, world: World, engine: Any, pinned: state.Pinned, precision: str) -> None:
     """Restore the engine's and this rank's random state, and prove it. Collective.
 
-    precision: of this run. Raises RuntimeError, on every rank, where it cannot be loaded or comes out otherwise.
+    pinned: as it was saved with. precision: of this run. Raises RuntimeError, on every rank, where it cannot be loaded
+    or comes out otherwise.
     """
     manifest = checkpoint.manifest
     same_ranks = manifest["parallel_layout"]["ranks"] == world.size
@@ -292,7 +295,7 @@ def load(checkpoint: Checkpoint, world: World, engine: Any, precision: str) -> N
             restore_random_state(dict(source.own(world.rank)), world)
         else:  # draws that no rank has made before
             seed_everything(manifest["seed"] + 1 + world.rank + 1000 * checkpoint.update)
-    wrong = state.proof(engine, manifest, precision)
+    wrong = state.proof(engine, manifest, pinned, precision)
     if wrong:
         raise RuntimeError(f"{checkpoint.path}: {wrong}")
 

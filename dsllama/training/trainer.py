@@ -315,6 +315,7 @@ class Trainer:
                     self.update,
                     manifest,
                     attachments,
+                    self.loader.first_sequence(),
                     config.checkpoint_format,
                 )
             except OSError as error:
@@ -335,7 +336,7 @@ class Trainer:
     def _resume(self, source: Checkpoint) -> None:
         fresh = self.scheduler.state_dict()
         try:
-            checkpoints.load(source, self.world, self.engine, self.config.precision)
+            checkpoints.load(source, self.world, self.engine, self.loader.first_sequence(), self.config.precision)
         except RuntimeError as error:
             raise TrainingFailed(f"the checkpoint could not be loaded: {error}") from None
         self.update = source.update
