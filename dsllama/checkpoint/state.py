@@ -31,7 +31,7 @@ _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 Pinned = tuple[Tensor, Tensor]
 # Tokens of the pinned sequence that count.
 _PINNED = 512
-# How far its loss may come out otherwise, relatively: another kind of device sums in another order (a GPU in TF32), half
+# How far its loss may come out otherwise, relatively: another device sums in another order (a GPU in TF32), half
 # precision rounds weights and activations. On one CPU it is the same to the bit, and 4e-5 between fp32 and bf16.
 _TOLERANCE = {"fp32": 5e-4, "bf16": 5e-3, "fp16": 5e-3}
 
