@@ -196,6 +196,11 @@ TRAINING: dict[str, tuple[Prepare, list[str]]] = {
     "offload without zero": (some(zero_stage=0, offload_optimizer="cpu"), ["offload_optimizer", "needs zero_stage 1"]),
     "parameters off at stage 2": (some(zero_stage=2, offload_params="cpu"), ["offload_params", "zero_stage 3"]),
     "nvme at stage 2": (some(zero_stage=2, offload_optimizer="nvme", nvme_path="/n"), ["zero_stage 3"]),
+    "nvme with files that would not bring it back": (
+        some(zero_stage=3, offload_optimizer="nvme", nvme_path="/tmp", checkpoint_format="deepspeed"),
+        ["checkpoint_format", "portable"],
+    ),
+    "unknown format of checkpoints": (some(checkpoint_format="pickle"), ["--checkpoint_format", "portable"]),
     "nvme nowhere": (some(zero_stage=3, offload_optimizer="nvme"), ["nvme_path", "must name a folder"]),
     "vocabulary too small": (some(vocab_size=100), ["vocab_size", "smaller than the tokenizer's"]),
     "fp16 without a GPU": (some(precision="fp16"), ["precision", "needs a GPU"]),

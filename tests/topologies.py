@@ -27,7 +27,8 @@ BEFORE, AFTER = 6, 6
 
 @dataclass(frozen=True)
 class Topology:
-    """ZeRO stage, ranks, precision, and what is offloaded to the CPU: "", "optimizer", or "all" (parameters too)."""
+    """ZeRO stage, ranks, precision, and what is offloaded: "", "optimizer" or "all" (parameters too) to the CPU, or
+    "nvme" (the optimizer)."""
 
     stage: int
     ranks: int
@@ -40,6 +41,9 @@ class Topology:
 
     def settings(self, root: Path) -> dict[str, Any]:
         """The fields of a configuration."""
+        if self.offload == "nvme":
+            place = {"offload_optimizer": "nvme", "nvme_path": str(root / "nvme")}
+            return {"zero_stage": self.stage, "precision": self.precision, **place}
         offload = {"offload_optimizer": "cpu" if self.offload else "none"}
         offload |= {"offload_params": "cpu" if self.offload == "all" else "none"}
         found: dict[str, Any] = {"zero_stage": self.stage, "precision": self.precision, **offload}
@@ -87,6 +91,8 @@ _PLACES = [
     if not (stage == 0 and (offload or precision == "bf16")) and not (stage < 3 and offload == "all")
 ]
 # Of 2,025 an eighth, in which each place is a source and a target several times.
+_N, _NR2 = Topology(3, 1, "bf16", "nvme"), Topology(3, 2, "bf16", "nvme")
+NVME_PAIRS = [(_N, _N), (_NR2, _NR2), (_N, _NR2), (_S1BR2, _N), (_NR2, _S1B), (_S3BR2, _NR2), (_N, _S2O)]
 LONG_PAIRS = [pair for pair in list(product(_PLACES, _PLACES))[::8] if pair not in PAIRS]
 
 

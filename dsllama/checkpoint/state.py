@@ -95,9 +95,10 @@ def description(engine: Any, pinned: Pinned) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def load(engine: Any, source: Source, manifest: dict[str, Any]) -> None:
+def load(engine: Any, source: Source, manifest: dict[str, Any]) -> dict[str, Tensor]:
     """Take up a saved state, whatever topology it was saved with. Collective.
 
+    Returns what the rank of this number kept for itself; nothing where it was saved by another number of ranks.
     Raises DamagedFile, on every rank, where a file is not as it was saved; another source may be loaded after that.
     """
     failure = ""
@@ -112,6 +113,12 @@ def load(engine: Any, source: Source, manifest: dict[str, Any]) -> None:
                 except DamagedFile as error:
                     failure = str(error)
                 set_adam_step(engine, here, manifest["optimizer_step"])
+    own: dict[str, Tensor] = {}
+    try:
+        if manifest["parallel_layout"]["ranks"] == dist.get_world_size():
+            own = dict(source.own(dist.get_rank()))
+    except DamagedFile as error:
+        failure = failure or str(error)
     failures: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(failures, failure)
     if any(failures):
@@ -122,6 +129,7 @@ def load(engine: Any, source: Source, manifest: dict[str, Any]) -> None:
     if scaler is not None and scaler.dynamic:
         for name, value in manifest["loss_scaler"].items():
             setattr(scaler, name, value)
+    return own
 
 
 # ---------------------------------------------------------------- the proof

@@ -279,22 +279,21 @@ def load(checkpoint: Checkpoint, world: World, engine: Any, pinned: state.Pinned
     or comes out otherwise.
     """
     manifest = checkpoint.manifest
-    same_ranks = manifest["parallel_layout"]["ranks"] == world.size
     if not checkpoint.portable:
         deepspeed_engine.load(engine, checkpoint.path)
         file = checkpoint.path / f"random_rank_{world.rank}.pt"
-        if file.exists() and same_ranks:
+        if file.exists() and manifest["parallel_layout"]["ranks"] == world.size:
             restore_random_state(torch.load(file, weights_only=True), world)
         return
     with Source(checkpoint.path, manifest) as source:
         try:
-            state.load(engine, source, manifest)
+            own = state.load(engine, source, manifest)
         except DamagedFile as error:
             raise RuntimeError(f"{checkpoint.path}: {error}") from None
-        if same_ranks:
-            restore_random_state(dict(source.own(world.rank)), world)
-        else:  # draws that no rank has made before
-            seed_everything(manifest["seed"] + 1 + world.rank + 1000 * checkpoint.update)
+    if own:
+        restore_random_state(own, world)
+    else:  # draws that no rank has made before
+        seed_everything(manifest["seed"] + 1 + world.rank + 1000 * checkpoint.update)
     wrong = state.proof(engine, manifest, pinned, precision)
     if wrong:
         raise RuntimeError(f"{checkpoint.path}: {wrong}")

@@ -292,8 +292,10 @@ def _announce(job: Job) -> None:
             flush=True,
         )
         change = topology_change(job.resume_from, job.config, job.parallel_layout)
+        if change and job.resume_from.portable:
+            change += ": the state is taken up by name, the losses go on"
         if change:
-            print(f"topology     {change}: the state is taken up by name, the losses go on", flush=True)
+            print(f"topology     {change}", flush=True)
 
 
 def _summarize(job: Job, outcome: Outcome) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from tests.conftest import starts_processes
-from tests.topologies import BEFORE, LONG_PAIRS, PAIRS, Moves, Topology
+from tests.topologies import BEFORE, LONG_PAIRS, NVME_PAIRS, PAIRS, Moves, Topology
 
 pytestmark = starts_processes
 
@@ -23,6 +24,11 @@ def moves(shared_folder: Path) -> Moves:
 @pytest.fixture(scope="session")
 def all_moves(shared_folder: Path) -> Moves:
     return Moves(shared_folder / "all_moves", LONG_PAIRS)
+
+
+@pytest.fixture(scope="session")
+def nvme_moves(shared_folder: Path) -> Moves:
+    return Moves(shared_folder / "nvme_moves", NVME_PAIRS)
 
 
 def check(moves: Moves, here: Topology, there: Topology) -> None:
@@ -44,6 +50,13 @@ def test_a_run_moves_to_another_topology(moves: Moves, here: Topology, there: To
 @pytest.mark.parametrize(("here", "there"), LONG_PAIRS, ids=str)
 def test_a_run_moves_from_any_topology_to_any_other(all_moves: Moves, here: Topology, there: Topology) -> None:
     check(all_moves, here, there)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(ctypes.util.find_library("aio") is None, reason="needs libaio-dev")
+@pytest.mark.parametrize(("here", "there"), NVME_PAIRS, ids=str)
+def test_a_run_moves_to_nvme_and_back(nvme_moves: Moves, here: Topology, there: Topology) -> None:
+    check(nvme_moves, here, there)
 
 
 @pytest.mark.parametrize("here", [PAIRS[0][0], PAIRS[2][0], PAIRS[9][0]], ids=str)
