@@ -25,7 +25,7 @@ EVERY_STAGE: dict[str, dict[str, Any]] = {
 # The same trainings, with the files that the engine itself writes; on two ranks.
 OWN_FILES = {
     f"{name}_own_files": {**EVERY_STAGE[name], "checkpoint_format": "deepspeed"}
-    for name in ("fp32_stage0", "bf16_stage1", "bf16_stage2", "fp32_stage3")
+    for name in ("bf16_stage1", "bf16_stage2", "fp32_stage3")
 }
 _ONE_CHECKPOINT = {"token_ckpt": "1G"}  # the last one
 TRAININGS: dict[str, dict[str, Any]] = {

@@ -98,7 +98,15 @@ def options(settings: dict[str, Any]) -> list[str]:
 
 
 # These take longest; they come first, so that neither worker is left with one of them at the end.
-_LONGEST_FIRST = ["test_runs", "test_quickstart", "test_stopping", "test_resume", "test_journeys", "test_encode"]
+_LONGEST_FIRST = [
+    "test_runs",
+    "test_topologies",
+    "test_quickstart",
+    "test_stopping",
+    "test_resume",
+    "test_journeys",
+    "test_encode",
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -23,6 +23,7 @@ from tests import exactness
 from tests.launches import Call, Launch
 
 BEFORE, AFTER = 6, 6
+SEQUENCES = 12  # an update's: on 1, 2 and 3 ranks, 2 at a time
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,9 @@ class Topology:
 
     def settings(self, root: Path) -> dict[str, Any]:
         """The fields of a configuration."""
+        return {"tokens_per_update": SEQUENCES * exactness.SETTINGS["max_seq_len"], **self._place(root)}
+
+    def _place(self, root: Path) -> dict[str, Any]:
         if self.offload == "nvme":
             place = {"offload_optimizer": "nvme", "nvme_path": str(root / "nvme")}
             return {"zero_stage": self.stage, "precision": self.precision, **place}

@@ -122,7 +122,7 @@ def unsupported_here(config: TrainingConfig, ds_config: Json) -> list[Problem]:
         problems.append(Problem("enable_compilation", rule, "install it, or switch compilation off"))
     builds_operations = bool(devices - {"none"}) and zero.get("offload_optimizer") is not None
     if builds_operations or config.enable_compilation:
-        _find_ninja()
+        find_ninja()
         tools = {"c++": "g++", "ninja": "ninja"} if builds_operations else {"c++": "g++"} if on_cpu else {}
         packages = [package for command, package in tools.items() if shutil.which(command) is None]
         what = "offload_optimizer" if builds_operations else "enable_compilation"
@@ -142,7 +142,7 @@ def unsupported_here(config: TrainingConfig, ds_config: Json) -> list[Problem]:
     return problems
 
 
-def _find_ninja() -> None:
+def find_ninja() -> None:
     """DeepSpeed and torch look for ninja on PATH; pip put it beside our Python, which need not be there."""
     beside = str(Path(sys.executable).parent)
     if beside not in os.environ.get("PATH", "").split(os.pathsep):
