@@ -71,7 +71,11 @@ class Parser(argparse.ArgumentParser):
     def _chosen(self, words: list[str]) -> argparse.ArgumentParser:
         """The parser of the verb that was called, or this one."""
         verbs = [action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)]
-        return next((verb[word] for verb in verbs for word in words if word in verb), self)
+        for number, word in enumerate(words):
+            for verb in verbs:
+                if word in verb:
+                    return verb[word]._chosen(words[number + 1 :])
+        return self
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:

@@ -51,7 +51,7 @@ def _parser() -> Parser:
     )
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
-    def add(name: str, verb: Verb, text: str) -> argparse.ArgumentParser:
+    def add(name: str, verb: Verb, text: str, verbs: Any = verbs) -> argparse.ArgumentParser:
         sub = verbs.add_parser(name, help=text, description=text)
         sub.set_defaults(verb=verb)
         return sub
@@ -105,6 +105,17 @@ def _parser() -> Parser:
     sub.add_argument("--temperature", type=_number, default=0.8, help="0 for greedy")
     sub.add_argument("--top_p", type=_number, default=0.95, help="nucleus")
     sub.add_argument("--seed", type=_count, help="for the same text again (default: another one each time)")
+
+    text = "what checkpoints there are, and whether they are whole"
+    sub = verbs.add_parser("checkpoints", help=text, description=text)
+    those = sub.add_subparsers(metavar="WHAT", required=True)
+    for name, verb, text in (
+        ("list", _list_checkpoints, "a line for each checkpoint, by its manifest and the sizes of its files"),
+        ("verify", _verify_checkpoints, "read everything; exit code 1 if anything is not as it was saved"),
+    ):
+        sub = add(name, verb, text, those)
+        sub.add_argument("path", type=_path, help="a folder of checkpoints, or one checkpoint")
+        sub.add_argument("--json", dest="as_json", action="store_true", help="for programs")
 
     sub = add("export", _export, "write a checkpoint in the Hugging Face layout")
     sub.add_argument("--checkpoint", type=_path, required=True, help=_CHECKPOINT)
@@ -217,6 +228,53 @@ def _generate(checkpoint: Path, **options: Any) -> int:
 
     print(load_model(checkpoint).generate(**options))
     return 0
+
+
+def _list_checkpoints(path: Path, as_json: bool) -> int:
+    return _show_checkpoints(path, as_json, read=False)
+
+
+def _verify_checkpoints(path: Path, as_json: bool) -> int:
+    return _show_checkpoints(path, as_json, read=True)
+
+
+def _show_checkpoints(path: Path, as_json: bool, read: bool) -> int:
+    from dsllama.checkpoint.catalog import checkpoints_at, summary
+
+    told = [summary(each, read) for each in checkpoints_at(path)]
+    if as_json:
+        print(json.dumps(told, indent=1))
+    else:
+        print("\n".join(_table([_words_for(each, read) for each in told])) or f"no checkpoints in {path}")
+    return int(read and any(each["problems"] for each in told))
+
+
+def _words_for(told: dict[str, Any], read: bool) -> list[str]:
+    """A checkpoint as a row of words."""
+    from dsllama.checkpoint.catalog import topology
+    from dsllama.sizes import readable, readable_duration
+
+    name = Path(told["path"]).name
+    if "tokens" not in told:
+        return [name, "", "", "", "", "", "damaged: " + "; ".join(told["problems"])]
+    losses = [f"loss {told['loss']:.4f}"] if told["loss"] is not None else []
+    losses += [f"val {told['validation_loss']:.4f}"] if told["validation_loss"] is not None else []
+    whole = {"weights": "weights only", "deepspeed": "whole, DeepSpeed's own files"}.get(told["state"], "whole")
+    return [
+        name,
+        f"{readable(told['tokens'])} tokens",
+        ", ".join(losses),
+        f"{readable_duration(told['age_seconds'])} ago",
+        topology(told["topology"]),
+        f"{readable(told['bytes'])}B",
+        "damaged: " + "; ".join(told["problems"]) if told["problems"] else whole + (", all of it read" if read else ""),
+    ]
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    """Rows with columns of equal width."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(w.ljust(size) for w, size in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _export(**options: Any) -> int:

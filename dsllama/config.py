@@ -147,6 +147,9 @@ class TrainingConfig(BaseModel):
     """portable: state by name, for any topology; deepspeed: the engine's own files, which load on the same topology."""
     load_ckpt: Annotated[bool | str, BeforeValidator(_parse_load)] = False
     """Resume: false starts anew; true takes ckpt_dir's newest whole checkpoint; auto does if any; or a path."""
+    init_from: PathText | None = None
+    """Begin with the weights of this checkpoint, with a fresh optimizer, schedule and data; nothing where a run goes
+    on."""
     use_prev_scheduler: bool = True
     """At resume, go on with the checkpoint's schedule; false takes this configuration's."""
 

@@ -154,7 +154,8 @@ class LLaMaTransformer(nn.Module):
 
     def __init__(self, config: Any, tokenizer: Any, device: str | torch.device = "cpu") -> None:
         """config: a TrainingConfig, or anything with its model fields. tokenizer: gives vocab_size, and text to
-        `generate`; may be None where config.vocab_size is set. device: where the parameters are built.
+        `generate`; may be None where config.vocab_size is set. device: where the parameters are built ("meta": nowhere
+        yet; `to_empty` gives them room, for weights to be copied in).
 
         Raises UserError if config.vocab_size has no room for the tokenizer's ids.
         """
@@ -180,8 +181,8 @@ class LLaMaTransformer(nn.Module):
             # Logits of about n_embd**-0.5 at the start: a loss of ln(vocabulary), whatever the depth and width.
             # A tied matrix takes this scale too: at 0.02 the loss would start 0.0002 n_embd nats higher.
             self.lm_head = Linear(config.n_embd, self.vocab_size, std=1 / config.n_embd)
-            if config.tie_embeddings:
-                self.embed_tokens.weight = self.lm_head.weight
+            self._tie()
+        with torch.device("cpu" if self.norm.weight.is_meta else device):
             # Not a buffer: an engine that casts the model to bf16 would round the angles' cosines for good.
             self.rotary = _rotary_table(config.max_seq_len, config.n_embd // config.n_heads, config.theta)
 
@@ -253,8 +254,14 @@ class LLaMaTransformer(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> LLaMaTransformer:
         # The table follows the parameters to another device, but keeps its fp32.
         super()._apply(fn, recurse)
-        self.rotary = tuple(table.to(self.norm.weight.device) for table in self.rotary)
+        self._tie()  # to_empty makes two of a tied matrix
+        if not self.norm.weight.is_meta:
+            self.rotary = tuple(table.to(self.norm.weight.device) for table in self.rotary)
         return self
+
+    def _tie(self) -> None:
+        if self.config.tie_embeddings:
+            self.embed_tokens.weight = self.lm_head.weight
 
 
 def _branch_std(config: Any) -> float:

@@ -21,6 +21,7 @@ import torch
 import yaml
 
 from dsllama.arguments import value_of
+from dsllama.checkpoint.catalog import Checkpoint, newest_whole
 from dsllama.config import TrainingConfig, load_config, read_settings
 from dsllama.data.corpus import gather_stdlib_corpus
 from dsllama.data.encode import encode
@@ -32,7 +33,6 @@ from dsllama.machine import half_precision, unusable_gpu, usable_cores
 from dsllama.model import LLaMaTransformer
 from dsllama.rules import check_world_size
 from dsllama.sizes import readable, readable_duration
-from dsllama.training.checkpoint import Checkpoint, newest_whole
 from dsllama.training.engine import free_port
 from dsllama.training.reporting import read_log, samples_file
 from dsllama.training.stopping import EXIT_STOPPED

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dsllama.training.engine import world_from_environment
 from tests import gradients
 from tests.conftest import TINY, Run, TinyData
 from tests.launches import Call, Ended, Launch, Words
@@ -27,6 +29,7 @@ OWN_FILES = {
     f"{name}_own_files": {**EVERY_STAGE[name], "checkpoint_format": "deepspeed"}
     for name in ("bf16_stage1", "bf16_stage2", "fp32_stage3")
 }
+_LONGER = {"training_tokens": 24 * 256}
 _ONE_CHECKPOINT = {"token_ckpt": "1G"}  # the last one
 TRAININGS: dict[str, dict[str, Any]] = {
     **EVERY_STAGE,
@@ -59,6 +62,9 @@ ON_ONE_RANK: dict[str, dict[str, Any]] = {
 }
 # How fp32_stage0 on one rank goes on, on two.
 MOVED = {"zero_stage": 3, "batch_size": 1}
+# Whose weights others begin with, and how those go on.
+BEGUN_WITH = ["fp32_stage1", "bf16_stage1_own_files"]
+BEGUN = {"zero_stage": 3, "seed": 4711, "training_tokens": 6 * 256, "warmup_iterations": 2, **_ONE_CHECKPOINT}
 # On two ranks, where the state is spread, everything is made and resumed; on one the rest only where `long` asks.
 LONG = ["bf16_stage0", "bf16_stage2"]
 RESUMED = {
@@ -93,10 +99,18 @@ class Campaign:
             )
             whole = [self._launch(f"whole_{ranks}", ranks, trainings, self._calls(f"whole_{ranks}", ranks))]
             resumed = self._resumed(RESUMED[ranks], ranks)
+            calls: dict[str, Call] = {}
             if not alone:
                 resumed |= {"moved": {**MOVED, "load_ckpt": self.runs["fp32_stage0", 1].checkpoint(HALF)}}
                 whole.append(self.launches["fp32_stage0", 1])
-            self._launch(f"resumed_{ranks}", ranks, resumed, {}, whole)
+                resumed |= {"fallen_back": {**EVERY_STAGE["fp32_stage2"], "load_ckpt": "auto", **_LONGER}}
+                places = {"source": self.runs["fp32_stage2", 2].folder, "target": self.root / "resumed_2/fallen_back"}
+                calls["damage"] = Call("tests.campaign:damage", {name: str(place) for name, place in places.items()})
+                resumed |= {
+                    f"begun_with_{name}": {**BEGUN, "init_from": self.runs[name, 2].folder / "checkpoints"}
+                    for name in BEGUN_WITH
+                }
+            self._launch(f"resumed_{ranks}", ranks, resumed, calls, whole)
             if alone:
                 whole += [self._launch("long", 1, {name: TRAININGS[name] for name in LONG}, {})]
                 self._launch("resumed_long", 1, self._resumed(RESUMED_LONG, 1), {}, whole)
@@ -168,3 +182,17 @@ class Campaign:
 def halfway(name: str) -> int:
     """The update of a training's first checkpoint, from which it is resumed."""
     return {**TINY, **TRAININGS[name]}["token_ckpt"] // TINY["tokens_per_update"]
+
+
+def damage(source: str, target: str) -> None:
+    """A copy of a run, with one bit another in the moments of its last checkpoint."""
+    if world_from_environment()[0] == 0:  # the other rank sees it after the trainings in between
+        shutil.copytree(source, target)
+        flip(Path(target) / "checkpoints" / f"update_{UPDATES:07d}" / "optimizer_00001.safetensors")
+
+
+def flip(file: Path) -> None:
+    """Change a bit in the middle of a file."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dsllama.training.checkpoint import list_checkpoints
+from dsllama.checkpoint.catalog import list_checkpoints
 from tests.conftest import PATIENCE, environment, run, starts_processes
 from tests.processes import start, wait_for_rows
 

@@ -14,10 +14,11 @@ import torch
 import torch.distributed as dist
 import yaml
 
+from dsllama.checkpoint.catalog import Checkpoint, open_checkpoint
+from dsllama.checkpoint.fragments import DamagedFile
 from dsllama.checkpoint.state import Pinned, pinned_loss
 from dsllama.training import checkpoint as checkpoints
 from dsllama.training import engine as deepspeed_engine
-from dsllama.training.checkpoint import Checkpoint
 from dsllama.training.engine import World
 from tests import exactness
 from tests.launches import Call, Launch
@@ -178,7 +179,7 @@ def move(settings: dict[str, Any], folder: str) -> dict[str, Any]:
     import deepspeed
 
     engine = exactness.build({**settings, "seed": 4321})
-    saved = checkpoints.open_checkpoint(Path(folder) / f"update_{BEFORE:07d}")
+    saved = open_checkpoint(Path(folder) / f"update_{BEFORE:07d}")
     checkpoints.load(saved, _world(), engine, _pinned(engine), engine.module.config.precision)
     engine.lr_scheduler.load_state_dict(saved.manifest["schedule"])
     if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
@@ -213,7 +214,7 @@ def refused(folder: str) -> dict[str, Any]:
     engine = exactness.build({"zero_stage": 2, "precision": "bf16"})
     exactness.update(engine, 1)
     saved = _save(engine, folder)
-    file = saved.path / f"state_{dist.get_world_size() - 1:05d}.safetensors"
+    file = saved.path / f"weights_{dist.get_world_size() - 1:05d}.safetensors"
     told = {"untrue": _complaint(engine, Checkpoint(saved.path, {**saved.manifest, "pinned_loss": 7.0}))}
     content = file.read_bytes()
     middle = len(content) // 2
@@ -237,7 +238,7 @@ def _pinned(engine: Any) -> Pinned:
 def _complaint(engine: Any, saved: Checkpoint) -> str:
     try:
         checkpoints.load(saved, _world(), engine, _pinned(engine), "bf16")
-    except RuntimeError as error:
+    except (RuntimeError, DamagedFile) as error:
         return str(error)
     return ""
 

@@ -1,7 +1,9 @@
 """Files of a checkpoint by name: fragments of fp32 tensors, written by each rank, read by anyone.
 
-    state_00000.safetensors     header: one F32 tensor a fragment, "parameter|kind"
-                                the fragments, what the rank keeps for itself (U8), `__blocks__` (U8, blocks x 32)
+    weights_00000.safetensors     header: one F32 tensor a fragment, "parameter|weight"
+                                  the fragments, `__blocks__` (U8, blocks x 32)
+    optimizer_00000.safetensors   the same ranges, "parameter|exp_avg" and "parameter|exp_avg_sq", and what the rank
+                                  keeps for itself (U8); whoever only wants weights needs none of it
 
 A fragment is a range of a flattened parameter: all of it in the parameter's shape, or a part of it in one dimension;
 where it begins is in the manifest, and in the header's metadata. `__blocks__` holds the sha256 of every 4 MiB of what
@@ -12,13 +14,11 @@ Any reader of safetensors opens such a file; nothing in it can run code.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from torch import Tensor
 
 BLOCK = 4 * 2**20
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
+MOMENTS = KINDS[1:]
 TABLE = "__blocks__"
 _DIGEST = 32
 
@@ -47,50 +48,75 @@ class DamagedFile(Exception):
     """A file is not as it was saved; the message names it, and the block and parameter where they are known."""
 
 
-def file_name(rank: int) -> str:
-    """The file that a rank writes."""
-    return f"state_{rank:05d}.safetensors"
+def weights_file(rank: int) -> str:
+    """The file with the weights that a rank writes."""
+    return f"weights_{rank:05d}.safetensors"
+
+
+def optimizer_file(rank: int) -> str:
+    """The file with the moments of the same ranges."""
+    return f"optimizer_{rank:05d}.safetensors"
 
 
 # ---------------------------------------------------------------- writing
 
 
-def write(path: Path, fragments: list[Fragment], data: Iterable[Tensor], own: dict[str, Tensor]) -> dict[str, Any]:
-    """Write a file and wait until the disk has it; returns its entry for the manifest. Raises OSError.
-
-    data: each fragment's elements, fp32 on any device, asked for one after the other. own: U8 tensors that belong to
-    the rank and to no parameter (its random state).
-    """
-    starts: dict[str, list[int]] = {}
-    tensors: dict[str, Any] = {}
+def header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """What a safetensors file begins with; its tensors' bytes follow in this order. tensors: name -> (type, shape)."""
+    described: dict[str, Any] = {"__metadata__": dict(metadata)}
     at = 0
-    for fragment in fragments:
-        whole = fragment.numel == math.prod(fragment.shape)
-        shape = fragment.shape if whole else (fragment.numel,)
-        at = _enter(tensors, f"{fragment.name}|{fragment.kind}", "F32", shape, at, 4)
-        starts[fragment.name] = [fragment.start, fragment.numel]
-    for name, tensor in own.items():
-        at = _enter(tensors, name, "U8", tuple(tensor.shape), at, 1)
-    _enter(tensors, TABLE, "U8", (-(-at // BLOCK), _DIGEST), at, 1)
-    header = json.dumps({"__metadata__": {"starts": json.dumps(starts)}, **tensors}).encode()
-    header += b" " * (-len(header) % 8)
-    header = struct.pack("<Q", len(header)) + header
-    with path.open("wb", buffering=0) as file:
-        blocks = _Blocks(file.fileno())
-        _write_all(file.fileno(), header)
-        for tensor in itertools.chain(data, own.values()):
-            blocks.add(tensor)
-        table = blocks.end()
-        _write_all(file.fileno(), table)
-        os.fsync(file.fileno())
-        size = os.fstat(file.fileno()).st_size
-    return {"bytes": size, "header": _sha256(header), "blocks": _sha256(table), "fragments": starts}
+    for name, (dtype, shape) in tensors.items():
+        end = at + _WIDTHS[dtype] * math.prod(shape)
+        described[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(described).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
-def _enter(tensors: dict[str, Any], name: str, dtype: str, shape: tuple[int, ...], at: int, width: int) -> int:
-    end = at + width * math.prod(shape)
-    tensors[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
-    return end
+_WIDTHS = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1}
+
+
+class Writer:
+    """Writes a file: `add` each fragment's data in the order of `fragments`, then `finish`. Raises OSError.
+
+    own: U8 tensors that belong to the rank and to no parameter (its random state).
+    """
+
+    def __init__(self, path: Path, fragments: list[Fragment], own: Mapping[str, Tensor] | None = None) -> None:
+        self._own = own or {}
+        self._starts = {fragment.name: [fragment.start, fragment.numel] for fragment in fragments}
+        tensors = {
+            f"{f.name}|{f.kind}": ("F32", f.shape if f.numel == math.prod(f.shape) else (f.numel,)) for f in fragments
+        }
+        tensors |= {name: ("U8", tuple(tensor.shape)) for name, tensor in self._own.items()}
+        size = sum(_WIDTHS[dtype] * math.prod(shape) for dtype, shape in tensors.values())
+        tensors[TABLE] = ("U8", (-(-size // BLOCK), _DIGEST))
+        self._header = header(tensors, {"starts": json.dumps(self._starts)})
+        self._file = path.open("wb", buffering=0)
+        self._blocks = _Blocks(self._file.fileno())
+        write_all(self._file.fileno(), self._header)
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def add(self, data: Tensor) -> None:
+        """The next fragment's elements, fp32 on any device."""
+        self._blocks.add(data)
+
+    def finish(self) -> dict[str, Any]:
+        """Wait until the disk has it; returns the file's entry for the manifest."""
+        for tensor in self._own.values():
+            self._blocks.add(tensor)
+        table = self._blocks.end()
+        write_all(self._file.fileno(), table)
+        os.fsync(self._file.fileno())
+        size = os.fstat(self._file.fileno()).st_size
+        digests = {"header": _sha256(self._header), "blocks": _sha256(table)}
+        return {"bytes": size, **digests, "fragments": self._starts}
 
 
 class _Blocks:
@@ -118,11 +144,12 @@ class _Blocks:
     def _flush(self) -> None:
         view = memoryview(self.buffer.numpy())[: self.filled]
         self.digests += hashlib.sha256(view).digest()
-        _write_all(self.descriptor, view)
+        write_all(self.descriptor, view)
         self.filled = 0
 
 
-def _write_all(descriptor: int, data: bytes | memoryview) -> None:
+def write_all(descriptor: int, data: bytes | memoryview) -> None:
+    """Write all of it: os.write may take less."""
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
@@ -147,17 +174,25 @@ class StateFile:
             self._file = path.open("rb", buffering=0)
         except OSError as error:
             raise DamagedFile(f"{path.name} cannot be opened ({error.strerror})") from None
+        try:
+            self._open(entry)
+        except DamagedFile:
+            self.close()
+            raise
+
+    def _open(self, entry: dict[str, Any]) -> None:
+        path = self.path
         size = os.fstat(self._file.fileno()).st_size
         if size != entry["bytes"]:
             raise DamagedFile(f"{path.name} has {size} bytes instead of {entry['bytes']}")
         length = self._read_at(0, 8)
         (length_of_text,) = struct.unpack("<Q", length)
-        header = length + self._read_at(8, min(length_of_text, size - 8))
-        if _sha256(header) != entry["header"]:
+        text = length + self._read_at(8, min(length_of_text, size - 8))
+        if _sha256(text) != entry["header"]:
             raise DamagedFile(f"{path.name} has another header than it was saved with")
-        self.tensors: dict[str, Any] = json.loads(header[8:])
+        self.tensors: dict[str, Any] = json.loads(text[8:])
         del self.tensors["__metadata__"]
-        self._base = len(header)
+        self._base = len(text)
         self.data_end, end = self.tensors.pop(TABLE)["data_offsets"]
         table = self._read_at(self._base + self.data_end, end - self.data_end)
         if _sha256(table) != entry["blocks"]:
@@ -193,10 +228,13 @@ class StateFile:
             self._number, self._block = number, data
         return memoryview(self._block)
 
-    def check(self) -> None:
-        """Read all blocks."""
+    def damages(self) -> Iterator[str]:
+        """Read all blocks; what is wrong with each that is damaged."""
         for number in range(len(self._digests)):
-            self.block(number)
+            try:
+                self.block(number)
+            except DamagedFile as error:
+                yield str(error)
 
     def _parameters_in(self, number: int) -> str:
         low, high = number * BLOCK, (number + 1) * BLOCK
@@ -222,10 +260,10 @@ class Source:
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder = folder
         self.shapes: dict[str, tuple[int, ...]] = {n: tuple(s) for n, s in manifest["parameters"].items()}
-        self._entries = {name: entry for name, entry in manifest["files"].items() if "fragments" in entry}
+        self._entries = {name: entry for name, entry in manifest["files"].items() if "blocks" in entry}
         self._where: dict[str, list[tuple[int, int, str]]] = {name: [] for name in self.shapes}
         for file, entry in self._entries.items():
-            for name, (start, numel) in entry["fragments"].items():
+            for name, (start, numel) in entry.get("fragments", {}).items():
                 self._where[name].append((start, numel, file))
         for places in self._where.values():
             places.sort()
@@ -249,7 +287,8 @@ class Source:
                 continue
             if low != done:
                 break
-            self.file(file).read_into(f"{name}|{kind}", low - first, out[low - start : high - start])
+            holder = self.file(file if kind == "weight" else file.replace("weights_", "optimizer_"))
+            holder.read_into(f"{name}|{kind}", low - first, out[low - start : high - start])
             done = high
         if done != end:
             raise DamagedFile(f"{self.folder.name} lacks elements {done} to {end - 1} of {name} ({kind})")
@@ -262,7 +301,9 @@ class Source:
 
     def own(self, rank: int) -> Iterator[tuple[str, Tensor]]:
         """What a rank kept for itself."""
-        file = self.file(file_name(rank))
+        name = optimizer_file(rank)
+        # Format 3 had everything in one file a rank.
+        file = self.file(name if name in self._entries else name.replace("optimizer_", "state_"))
         for name, entry in file.tensors.items():
             if entry["dtype"] == "U8":
                 out = torch.empty(math.prod(entry["shape"]), dtype=torch.uint8)
@@ -276,15 +317,13 @@ class Source:
         return self._files[name]
 
 
-def problem_of(path: Path, entry: dict[str, Any]) -> str:
+def problems_of(path: Path, entry: dict[str, Any]) -> list[str]:
     """What is wrong with a file, every block of it read; empty where nothing is."""
-    file = None
     try:
         file = StateFile(path, entry)
-        file.check()
     except DamagedFile as error:
-        return str(error)
+        return [str(error)]
+    try:
+        return list(file.damages())
     finally:
-        with suppress(AttributeError):
-            file.close()  # type: ignore[union-attr]
-    return ""
+        file.close()

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dsllama.checkpoint.fragments import KINDS
+from dsllama.checkpoint.fragments import MOMENTS
 
 _FLAT = {
     "DeepSpeedZeroOptimizer": ("bit16_groups", "bit16_groups_flat", "single_partition_of_fp32_groups"),
@@ -120,7 +120,7 @@ def resident(engine: Any, holder: Holder, changed: bool = False) -> Iterator[Hol
 
 
 def tensors(engine: Any, holder: Holder, create: bool = False) -> dict[str, Tensor]:
-    """KINDS -> 1-D fp32 tensors as long as the holder. Without `create`, moments that do not exist yet are left out:
+    """Kind -> 1-D fp32 tensors as long as the holder. Without `create`, moments that do not exist yet are left out:
     the first updates may all have been skipped."""
     optimizer = engine.basic_optimizer
     state = optimizer.state[holder.key]
@@ -131,10 +131,10 @@ def tensors(engine: Any, holder: Holder, create: bool = False) -> dict[str, Tens
             state["step"] = torch.zeros((), dtype=torch.float32, device=device)
         else:
             state["step"] = 0
-        for kind in KINDS[1:]:
+        for kind in MOMENTS:
             state[kind] = torch.zeros_like(holder.key, dtype=torch.float32, requires_grad=False)
     found = {"weight": holder.flat.detach()}
-    return found | {kind: state[kind].detach().view(-1) for kind in KINDS[1:] if kind in state}
+    return found | {kind: state[kind].detach().view(-1) for kind in MOMENTS if kind in state}
 
 
 def adam_step(engine: Any, holder: Holder) -> int:

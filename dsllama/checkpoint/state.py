@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dsllama.checkpoint.fragments import KINDS, DamagedFile, Fragment, Source, file_name, write
+from dsllama.checkpoint.fragments import (
+    KINDS,
+    MOMENTS,
+    DamagedFile,
+    Fragment,
+    Source,
+    Writer,
+    optimizer_file,
+    weights_file,
+)
 from dsllama.checkpoint.holders import (
     Holder,
     Piece,
@@ -29,6 +38,8 @@ _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 # Two of (1, T), int64: what the model is fed and what it is to predict.
 Pinned = tuple[Tensor, Tensor]
+# (parameter, kind, first element, 1-D tensor to fill)
+ReadInto = Callable[[str, str, int, Tensor], None]
 # Tokens of the pinned sequence that count.
 _PINNED = 512
 # How far its loss may come out otherwise, relatively: another device sums in another order (a GPU in TF32), half
@@ -36,23 +47,30 @@ _PINNED = 512
 _TOLERANCE = {"fp32": 5e-4, "bf16": 5e-3, "fp16": 5e-3}
 
 
-def save(engine: Any, folder: Path, own: dict[str, Tensor]) -> dict[str, Any]:
-    """Write what this rank is to write; returns the file's entry for the manifest. Raises OSError.
+def save(engine: Any, folder: Path, own: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """Write what this rank is to write; returns its files' entries for the manifest. Raises OSError.
 
     own: U8 tensors that belong to this rank alone. Where every rank holds everything, each writes its share of it.
     """
-    return write(folder / file_name(dist.get_rank()), list(_fragments(engine)), _data(engine), own)
+    pieces = [piece for holder in holders(engine) for piece in _share(engine, holder)]
+    names = weights_file(dist.get_rank()), optimizer_file(dist.get_rank())
+    with (
+        Writer(folder / names[0], _fragments(pieces, KINDS[:1])) as weights,
+        Writer(folder / names[1], _fragments(pieces, MOMENTS), own) as moments,
+    ):
+        for kind, data in _data(engine):
+            (weights if kind == "weight" else moments).add(data)
+        entries = weights.finish(), moments.finish()
+    del entries[1]["fragments"]  # they are those of the weights
+    return dict(zip(names, entries, strict=True))
 
 
-def _fragments(engine: Any) -> Iterator[Fragment]:
-    for holder in holders(engine):
-        for piece in _share(engine, holder):
-            for kind in KINDS:
-                yield Fragment(piece.name, kind, piece.shape, piece.start, piece.numel)
+def _fragments(pieces: list[Piece], kinds: Sequence[str]) -> list[Fragment]:
+    return [Fragment(piece.name, kind, piece.shape, piece.start, piece.numel) for piece in pieces for kind in kinds]
 
 
-def _data(engine: Any) -> Iterator[Tensor]:
-    """Their elements, in that order; what lies on NVMe comes into memory group by group."""
+def _data(engine: Any) -> Iterator[tuple[str, Tensor]]:
+    """Each fragment's kind and elements, in order; what lies on NVMe comes into memory group by group."""
     for holder in holders(engine):
         with resident(engine, holder) as here:
             found = tensors(engine, here)
@@ -60,7 +78,7 @@ def _data(engine: Any) -> Iterator[Tensor]:
                 for kind in KINDS:
                     # Where all updates so far were skipped there are no moments yet.
                     whole = found.get(kind)
-                    yield torch.zeros(piece.numel) if whole is None else _part(whole, piece)
+                    yield kind, torch.zeros(piece.numel) if whole is None else _part(whole, piece)
 
 
 def _share(engine: Any, holder: Holder) -> Iterator[Piece]:
@@ -94,35 +112,20 @@ def description(engine: Any, pinned: Pinned) -> dict[str, Any]:
     }
 
 
-@torch.no_grad()
 def load(engine: Any, source: Source, manifest: dict[str, Any]) -> dict[str, Tensor]:
     """Take up a saved state, whatever topology it was saved with. Collective.
 
     Returns what the rank of this number kept for itself; nothing where it was saved by another number of ranks.
     Raises DamagedFile, on every rank, where a file is not as it was saved; another source may be loaded after that.
     """
-    failure = ""
-    with loading(engine):  # to its end on every rank: one that left it would leave the others waiting
-        for holder in holders(engine):
-            with resident(engine, holder, changed=True) as here:
-                found = tensors(engine, here, create=True)
-                try:
-                    for piece in here.pieces if not failure else []:
-                        for kind in KINDS:
-                            source.read_into(piece.name, kind, piece.start, _part(found[kind], piece))
-                except DamagedFile as error:
-                    failure = str(error)
-                set_adam_step(engine, here, manifest["optimizer_step"])
+    failure = _fill(engine, source.read_into, KINDS, manifest["optimizer_step"])
     own: dict[str, Tensor] = {}
     try:
         if manifest["parallel_layout"]["ranks"] == dist.get_world_size():
             own = dict(source.own(dist.get_rank()))
     except DamagedFile as error:
         failure = failure or str(error)
-    failures: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(failures, failure)
-    if any(failures):
-        raise DamagedFile("; ".join(sorted(set(filter(None, failures)))))
+    raise_together(failure)
     for name, value in manifest["engine"].items():
         setattr(engine, name, value)
     scaler = getattr(engine.optimizer, "loss_scaler", None)
@@ -130,6 +133,40 @@ def load(engine: Any, source: Source, manifest: dict[str, Any]) -> dict[str, Ten
         for name, value in manifest["loss_scaler"].items():
             setattr(scaler, name, value)
     return own
+
+
+def load_weights(engine: Any, read_into: ReadInto) -> None:
+    """Take up weights alone, in an engine that has not trained yet. Collective.
+
+    read_into: as Source's. Raises DamagedFile, on every rank.
+    """
+    raise_together(_fill(engine, read_into, KINDS[:1], 0))
+
+
+def raise_together(failure: str) -> None:
+    """Raise DamagedFile on every rank if any has come upon a damaged file; "" for none. Collective."""
+    failures: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    if any(failures):
+        raise DamagedFile("; ".join(sorted(set(filter(None, failures)))))
+
+
+@torch.no_grad()
+def _fill(engine: Any, read_into: ReadInto, kinds: Sequence[str], step: int) -> str:
+    """Fill the holders' tensors of these kinds and set Adam's step; what was damaged for this rank. Collective."""
+    failure = ""
+    with loading(engine):  # to its end on every rank: one that left it would leave the others waiting
+        for holder in holders(engine):
+            with resident(engine, holder, changed=True) as here:
+                found = tensors(engine, here, create=True)
+                try:
+                    for piece in here.pieces if not failure else []:
+                        for kind in kinds:
+                            read_into(piece.name, kind, piece.start, _part(found[kind], piece))
+                except DamagedFile as error:
+                    failure = str(error)
+                set_adam_step(engine, here, step)
+    return failure
 
 
 # ---------------------------------------------------------------- the proof

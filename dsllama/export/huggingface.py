@@ -16,21 +16,23 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tokenizers
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
 from torch import Tensor
 
+from dsllama.checkpoint.fragments import header, write_all
 from dsllama.data.tokenizer import Tokenizer
 from dsllama.errors import Problem, UserError, did_you_mean, remedy_for
 from dsllama.files import write_atomically
-from dsllama.model import ffn_hidden_size
+from dsllama.model import LLaMaTransformer, ffn_hidden_size
 
 DTYPES = ("float32", "bfloat16", "float16")
+T = TypeVar("T")
 _HEAD = "lm_head.weight"
 _EMBEDDING = "embed_tokens.weight"
 _CONFIG = "config.json"
@@ -39,10 +41,10 @@ _RECORD = "dsllama_export.json"
 _SHARD_BYTES = 5 * 10**9
 
 
-def to_huggingface(state: dict[str, Tensor], tied: bool = False) -> dict[str, Tensor]:
+def to_huggingface(state: Mapping[str, T], tied: bool = False) -> dict[str, T]:
     """Our weights under LlamaForCausalLM's names; a tied head is left out, as transformers does."""
-    kept = {name: tensor for name, tensor in state.items() if not (tied and name == _HEAD)}
-    return {name if name == _HEAD else f"model.{name}": tensor for name, tensor in kept.items()}
+    kept = {name: value for name, value in state.items() if not (tied and name == _HEAD)}
+    return {name if name == _HEAD else f"model.{name}": value for name, value in kept.items()}
 
 
 def from_huggingface(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -52,7 +54,7 @@ def from_huggingface(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def export_huggingface(
-    state: dict[str, Tensor],
+    state: Mapping[str, Tensor],
     config: Any,
     tokenizer: Tokenizer,
     out: str | Path,
@@ -61,10 +63,10 @@ def export_huggingface(
 ) -> Path:
     """Write a model and its tokenizer to the folder `out`; returns it.
 
-    state: the whole model's weights. config: its TrainingConfig. dtype: float32, bfloat16 or float16. overwrite:
-    replace the files of an earlier export, and no others. Weights of more than 5 GB are split into several files with
-    an index. A new folder is there wholly or not at all; in one that is overwritten config.json, without which nothing
-    loads, goes first and comes last.
+    state: the whole model's weights, asked for one by one. config: its TrainingConfig. dtype: float32, bfloat16 or
+    float16. overwrite: replace the files of an earlier export, and no others. Weights of more than 5 GB are split into
+    several files with an index. A new folder is there wholly or not at all; in one that is overwritten config.json,
+    without which nothing loads, goes first and comes last.
     Raises UserError where `out` exists or cannot be written.
     """
     out = Path(os.path.realpath(out))  # of a link, the folder that it names
@@ -80,8 +82,10 @@ def export_huggingface(
         place.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=".dsllama-", dir=place)) / out.name
         aside.mkdir()
-        _write_weights(aside, to_huggingface(state, config.tie_embeddings), getattr(torch, dtype))
-        rows = state[_EMBEDDING].shape[0]
+        # What the weights will look like, without reading any.
+        planned = LLaMaTransformer(config, tokenizer, device="meta").to(getattr(torch, dtype)).state_dict()
+        rows = planned[_EMBEDDING].shape[0]
+        _write_weights(aside, state, planned, to_huggingface({name: name for name in planned}, config.tie_embeddings))
         _write_json(aside / _CONFIG, _model_config(config, tokenizer, rows, dtype))
         _write_json(aside / "generation_config.json", _generation_config(tokenizer, rows))
         _write_tokenizer(aside, tokenizer, config.max_seq_len)
@@ -140,22 +144,24 @@ def _publish(aside: Path, out: Path) -> None:
     write_atomically(out / _RECORD, json.dumps({"files": new}))
 
 
-def _write_weights(folder: Path, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
-    # Planned on tensors without content, and converted one file at a time: no second copy of the whole model.
-    shapes = {name: torch.empty(tensor.shape, dtype=dtype, device="meta") for name, tensor in weights.items()}
-    plan = split_torch_state_dict_into_shards(shapes, max_shard_size=_SHARD_BYTES)
-    for file, names in plan.filename_to_tensors.items():
-        # Cloned where nothing is converted, because safetensors refuses tensors that share memory.
-        save_file(
-            {name: weights[name].to(dtype, copy=True).contiguous() for name in names}, folder / file, {"format": "pt"}
-        )
-        # safetensors writes for its owner alone; what follows is what any other file gets.
-        mask = os.umask(0)
-        os.umask(mask)
-        (folder / file).chmod(0o666 & ~mask)
-    if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+def _write_weights(
+    folder: Path, state: Mapping[str, Tensor], planned: Mapping[str, Tensor], ours: Mapping[str, str]
+) -> None:
+    """Write the files one parameter at a time. planned: tensors without content. ours: their name -> our name."""
+    split = split_torch_state_dict_into_shards({t: planned[o] for t, o in ours.items()}, max_shard_size=_SHARD_BYTES)
+    for file, names in split.filename_to_tensors.items():
+        tensors = {name: (_TYPES[planned[ours[name]].dtype], tuple(planned[ours[name]].shape)) for name in names}
+        with (folder / file).open("wb", buffering=0) as opened:
+            write_all(opened.fileno(), header(tensors, {"format": "pt"}))
+            for name in names:
+                tensor = state[ours[name]].detach().to("cpu", planned[ours[name]].dtype).contiguous()
+                write_all(opened.fileno(), memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         _write_json(folder / "model.safetensors.index.json", index)
+
+
+_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def _model_config(config: Any, tokenizer: Tokenizer, rows: int, dtype: str) -> dict[str, Any]:

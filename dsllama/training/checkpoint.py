@@ -1,27 +1,18 @@
-"""Checkpoints: a folder exists wholly or not at all, and its manifest says what it holds.
+"""A run's checkpoints: which one it goes on from, and how all ranks write and take up one.
 
-    ckpt_dir/update_0000300/            published by one rename of ckpt_dir/.writing-update_0000300
-        manifest.json                   update, tokens, loss, data position, counters, sizes and digests of files
-        config.yaml deepspeed.json tokenizer.json
-        state_00000.safetensors ...     what each rank holds of weights and moments, by name, and its random state
-
-With `checkpoint_format: deepspeed` what the engine itself writes, in engine/, is in the place of the last.
-
-The newest folder whose manifest fits its files is the one to resume from.
+Every function that is called collective must be called by all ranks, and ends on all of them alike: a rank that left
+alone would leave the others waiting.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import errno
 import json
-import logging
 import os
-import re
 import shutil
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,101 +20,39 @@ import torch
 import torch.distributed as dist
 
 from dsllama.checkpoint import state
-from dsllama.checkpoint.fragments import DamagedFile, Source, file_name, problem_of
-from dsllama.config import TrainingConfig, load_config
+from dsllama.checkpoint.catalog import (
+    FORMAT,
+    MANIFEST,
+    Checkpoint,
+    digest,
+    holds_checkpoints,
+    list_checkpoints,
+    newest_whole,
+    open_checkpoint,
+    update_of,
+)
+from dsllama.checkpoint.fragments import Source, optimizer_file, weights_file
+from dsllama.config import TrainingConfig
+from dsllama.data.tokenizer import Tokenizer
 from dsllama.errors import Problem, UserError
 from dsllama.files import sha256, write_atomically
+from dsllama.sizes import readable
 from dsllama.training import engine as deepspeed_engine
 from dsllama.training.engine import World
 
-logger = logging.getLogger("dsllama")
-
-MANIFEST = "manifest.json"
-FORMAT = "dsllama-checkpoint-3"
-# Whose files are DeepSpeed's; the first one's manifests have other words, and no digest.
-_FIRST_FORMAT, _SECOND_FORMAT = "dsllama-checkpoint-1", "dsllama-checkpoint-2"
-_NAME = re.compile(r"update_(\d{7,})")
 # What must be the same for the weights to fit, and for "update u" to mean the same samples.
-_SHAPE = ("n_embd", "n_heads", "n_kv_heads", "n_layers", "multiple_of", "eps", "theta", "tie_embeddings")
-_PACE = ("max_seq_len", "tokens_per_update")
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A whole checkpoint on disk."""
-
-    path: Path
-    manifest: dict[str, Any]
-
-    @property
-    def update(self) -> int:
-        return self.manifest["update"]
-
-    @property
-    def tokens(self) -> int:
-        return self.manifest["tokens"]
-
-    @property
-    def portable(self) -> bool:
-        """Whether its state is kept by name, to be read by any topology."""
-        return self.manifest["state"] == "portable"
-
-    def config(self) -> TrainingConfig:
-        """The configuration that the checkpoint was trained with."""
-        return load_config(self.path / "config.yaml")
+_SHAPE = ("n_embd", "n_heads", "n_kv_heads", "n_layers", "multiple_of", "tie_embeddings")
+_SAME_RUN = (*_SHAPE, "eps", "theta", "max_seq_len", "tokens_per_update")
 
 
 # ---------------------------------------------------------------- choosing
 
 
-def list_checkpoints(ckpt_dir: str | Path) -> list[Path]:
-    """The published checkpoints in a folder, oldest first; whether they are whole is not looked at."""
-    folder = Path(ckpt_dir)
-    found = [p for p in folder.glob("update_*") if p.is_dir() and _NAME.fullmatch(p.name)] if folder.is_dir() else []
-    return sorted(found, key=update_of)
+def choose(config: TrainingConfig, warn: Callable[[str], Any] | None = None) -> Checkpoint | None:
+    """What `load_ckpt` asks for: a checkpoint, or None to start anew. By manifests and sizes; `load` reads the rest.
 
-
-def update_of(path: Path) -> int:
-    """The update that a checkpoint's folder is named after."""
-    return int(path.name.removeprefix("update_"))
-
-
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """The checkpoint in a folder; given a folder of checkpoints, its newest whole one.
-
-    Every file is read and its sha256 compared. Raises UserError with what is damaged.
-    """
-    path = Path(path)
-    if not (path / MANIFEST).exists() and list_checkpoints(path):
-        newest = newest_whole(path, logger.warning)
-        if newest is not None:
-            return newest
-    manifest, reason = _read(path)
-    if reason:
-        others = [str(p) for p in list_checkpoints(path.parent) if p != path and not _read(p, checksums=False)[1]]
-        remedy = f"whole ones beside it: {', '.join(others[-3:])}" if others else "give the path of a checkpoint"
-        raise UserError(
-            Problem(str(path), f"is not a whole checkpoint: {reason}", remedy), "cannot load the checkpoint"
-        )
-    return Checkpoint(path, manifest)
-
-
-def newest_whole(ckpt_dir: str | Path, warn: Any = None) -> Checkpoint | None:
-    """The newest whole checkpoint, or None; `warn` is called with a sentence for each damaged one passed over."""
-    for path in reversed(list_checkpoints(ckpt_dir)):
-        manifest, reason = _read(path)
-        if not reason:
-            return Checkpoint(path, manifest)
-        if warn is not None:
-            warn(f"passing over the damaged checkpoint {path}: {reason}")
-    return None
-
-
-def choose(config: TrainingConfig, warn: Any = None) -> Checkpoint | None:
-    """What `load_ckpt` asks for: a checkpoint, or None to start anew.
-
-    Raises UserError where a resume was asked for and is impossible, or where starting anew would write over
-    an earlier run.
+    warn: called with a sentence for each that is passed over. Raises UserError where a resume was asked for and is
+    impossible, or where starting anew would write over an earlier run.
     """
     existing = list_checkpoints(config.ckpt_dir)
     if config.load_ckpt is False:
@@ -138,23 +67,80 @@ def choose(config: TrainingConfig, warn: Any = None) -> Checkpoint | None:
             )
         return None
     if isinstance(config.load_ckpt, str) and config.load_ckpt != "auto":
-        named = open_checkpoint(config.load_ckpt)
+        named = open_checkpoint(config.load_ckpt, warn, resumable=True)
         _refuse_to_overwrite(named, existing, config)
         return named
-    chosen = newest_whole(config.ckpt_dir, warn)
+    chosen = newest_whole(config.ckpt_dir, warn, resumable=True)
     if chosen is None and (existing or config.load_ckpt is True):
-        rule = (
-            f"none of the {len(existing)} checkpoints in it is whole" if existing else "holds no checkpoint to resume"
-        )
-        raise UserError(
-            Problem("ckpt_dir", rule, "use --load_ckpt false and an empty --ckpt_dir to start anew", config.ckpt_dir)
-        )
+        raise _none_is_whole(config, len(existing))
     return chosen
+
+
+def first_ranks(own: Checkpoint | None, world: World) -> Checkpoint | None:
+    """The first rank's choice, which all go on from: each may have seen the folder in another state. Collective."""
+    told = world.tell(own and (own.path, own.manifest))
+    return Checkpoint(*told) if told else None
+
+
+def next_whole(
+    config: TrainingConfig,
+    parallel_layout: dict[str, Any],
+    vocab_size: int,
+    damaged: Checkpoint,
+    reason: str,
+    world: World,
+    warn: Callable[[str], Any],
+) -> Checkpoint:
+    """What to go on from instead of a checkpoint that has turned out damaged; the first rank chooses. Collective.
+
+    Raises UserError, on every rank, where that one was asked for by name, or there is no other that fits.
+    """
+    told: Any = None
+    if world.is_main:
+        try:
+            chosen = _next_whole(config, damaged, reason, warn)
+            problems = incompatibilities(chosen, config, parallel_layout, vocab_size)
+            if problems:
+                raise UserError(problems)
+            told = "", chosen.path, chosen.manifest
+        except UserError as error:
+            told = error.title, error.problems
+    title, *found = world.tell(told)
+    if title:
+        raise UserError(found[0], title)
+    return Checkpoint(*found)
+
+
+def _next_whole(config: TrainingConfig, damaged: Checkpoint, reason: str, warn: Callable[[str], Any]) -> Checkpoint:
+    folder = damaged.path.parent
+    if _by_name(config):
+        others = [str(p) for p in list_checkpoints(folder) if p != damaged.path]
+        remedy = f"beside it: {', '.join(others[-3:])}" if others else "give the path of another one"
+        raise UserError(Problem(str(damaged.path), f"is damaged: {reason}", remedy), "cannot load the checkpoint")
+    warn(f"passing over the damaged checkpoint {damaged.path}: {reason}")
+    found = newest_whole(folder, warn, before=damaged.update, resumable=True)
+    if found is None:
+        raise _none_is_whole(config, len(list_checkpoints(folder)))
+    return found
+
+
+def _by_name(config: TrainingConfig) -> bool:
+    """Whether load_ckpt names one checkpoint, and no folder of them."""
+    named = config.load_ckpt
+    return isinstance(named, str) and named != "auto" and not holds_checkpoints(Path(named))
+
+
+def _none_is_whole(config: TrainingConfig, existing: int) -> UserError:
+    rule = f"none of the {existing} checkpoints in it is whole" if existing else "holds no checkpoint to resume"
+    remedy = "use --load_ckpt false and an empty --ckpt_dir to start anew"
+    return UserError(Problem("ckpt_dir", rule, remedy, config.ckpt_dir))
 
 
 def _refuse_to_overwrite(chosen: Checkpoint, existing: list[Path], config: TrainingConfig) -> None:
     """A resume from an older checkpoint, or from another run's, would replace what lies ahead of it in ckpt_dir."""
     elsewhere = chosen.path.parent.resolve() != Path(config.ckpt_dir).resolve()
+    if not elsewhere and not _by_name(config):
+        return  # what lies ahead has been passed over
     ahead = [p for p in existing if elsewhere or update_of(p) > chosen.update]
     if ahead:
         rule = f"holds {ahead[-1].name}, which a run from {chosen.path} would write over"
@@ -166,10 +152,17 @@ def incompatibilities(
     checkpoint: Checkpoint, config: TrainingConfig, parallel_layout: dict[str, Any], vocab_size: int
 ) -> list[Problem]:
     """Why this run cannot go on from a checkpoint; empty where it can."""
+    problems = _other_shape(checkpoint, config, vocab_size, _SAME_RUN)
+    return problems if checkpoint.portable else problems + _other_topology(checkpoint, parallel_layout)
+
+
+def _other_shape(
+    checkpoint: Checkpoint, config: TrainingConfig, vocab_size: int, fields: Sequence[str]
+) -> list[Problem]:
     theirs, ours = checkpoint.config().to_dict(), config.to_dict()
     problems = [
         Problem(name, f"differs from the checkpoint's {theirs[name]!r}", f"use {name} {theirs[name]}", ours[name])
-        for name in _SHAPE + _PACE
+        for name in fields
         if theirs[name] != ours[name]
     ]
     if checkpoint.manifest["vocab_size"] != vocab_size:
@@ -180,7 +173,7 @@ def incompatibilities(
                 f"use the tokenizer that lies in the checkpoint, and vocab_size {theirs['vocab_size'] or 'null'}",
             )
         )
-    return problems if checkpoint.portable else problems + _other_topology(checkpoint, parallel_layout)
+    return problems
 
 
 def _other_topology(checkpoint: Checkpoint, parallel_layout: dict[str, Any]) -> list[Problem]:
@@ -207,11 +200,28 @@ def _other_topology(checkpoint: Checkpoint, parallel_layout: dict[str, Any]) -> 
     ]
 
 
-def topology_change(checkpoint: Checkpoint, config: TrainingConfig, parallel_layout: dict[str, Any]) -> str:
-    """What is another now than when the checkpoint was saved, in words; empty where nothing is."""
+def misfits(
+    checkpoint: Checkpoint, config: TrainingConfig, vocab_size: int, tokenizer: Tokenizer | None
+) -> list[Problem]:
+    """Why a run cannot begin with a checkpoint's weights (`init_from`); empty where it can."""
+    problems = _other_shape(checkpoint, config, vocab_size, _SHAPE)
+    theirs = Tokenizer.load(checkpoint.path / "tokenizer.json").fingerprint
+    if tokenizer is not None and tokenizer.fingerprint != theirs:
+        rule = f"is not the tokenizer of {checkpoint.path}, so its weights know the ids as other words"
+        remedy = f"use {checkpoint.path / 'tokenizer.json'}, and encode the data with it"
+        problems.append(Problem("tokenizer_path", rule, remedy, config.tokenizer_path))
+    return problems
+
+
+def resumption_lines(checkpoint: Checkpoint, config: TrainingConfig, parallel_layout: dict[str, Any]) -> list[str]:
+    """What a run says of the checkpoint that it goes on from, and of what is another since that was saved."""
+    lines = [f"resuming     {checkpoint.path}: update {checkpoint.update}, {readable(checkpoint.tokens)} tokens"]
     saved = {**checkpoint.manifest["parallel_layout"], "batch_size": checkpoint.config().batch_size}
     now = {**parallel_layout, "batch_size": config.batch_size}
-    return ", ".join(f"{name} {saved[name]} -> {value}" for name, value in now.items() if saved[name] != value)
+    change = ", ".join(f"{name} {saved[name]} -> {value}" for name, value in now.items() if saved[name] != value)
+    if change and checkpoint.portable:
+        change += ": the state is taken up by name, the losses go on"
+    return [*lines, f"topology     {change}"] if change else lines
 
 
 # ---------------------------------------------------------------- saving and loading
@@ -246,7 +256,7 @@ def save(
     mine: dict[str, Any] = {}
     with _all_or_none(world):
         if form == "portable":
-            mine[file_name(world.rank)] = state.save(engine, aside, random_state(world))
+            mine |= state.save(engine, aside, random_state(world))
         else:
             deepspeed_engine.save(engine, aside)
             torch.save(random_state(world), aside / f"random_rank_{world.rank}.pt")
@@ -254,20 +264,20 @@ def save(
             for name, text in attachments.items():
                 (aside / name).write_text(text, encoding="utf-8")
     with _all_or_none(world):
-        written = {file_name(rank) for rank in range(world.size)} if form == "portable" else set()
+        written = {name(rank) for rank in range(world.size) for name in (weights_file, optimizer_file)}
         names = sorted({str(p.relative_to(aside)) for p in aside.rglob("*") if p.is_file()} - written)
         mine |= {name: _describe(aside / name) for name in names[world.rank :: world.size]}
     parts: list[dict[str, Any]] = [{}] * world.size
     dist.all_gather_object(parts, mine)
     files = {name: entry for part in parts for name, entry in part.items()}
     content = {"format": FORMAT, "update": update, **manifest, "files": dict(sorted(files.items()))}
-    content["digest"] = _digest(content)
+    content["digest"] = digest(content)
     with _all_or_none(world):
         if world.is_main:
             write_atomically(aside / MANIFEST, json.dumps(content, indent=1))
             if final.exists():  # a damaged one of the same update: kept, under a name that nobody resumes from
                 final.rename(final.with_name(f"damaged-{final.name}-{time.time_ns()}"))
-            aside.rename(final)
+            _rename(aside, final)
             _flush_folder(folder)
     return Checkpoint(final, content)
 
@@ -275,21 +285,19 @@ def save(
 def load(checkpoint: Checkpoint, world: World, engine: Any, pinned: state.Pinned, precision: str) -> None:
     """Restore the engine's and this rank's random state, and prove it. Collective.
 
-    pinned: as it was saved with. precision: of this run. Raises RuntimeError, on every rank, where it cannot be loaded
-    or comes out otherwise.
+    pinned: as it was saved with. precision: of this run. Raises, on every rank, DamagedFile where a file is not as it
+    was saved (another checkpoint may be loaded then), and RuntimeError where the state comes out otherwise.
     """
     manifest = checkpoint.manifest
     if not checkpoint.portable:
+        insist_on_whole_files(checkpoint, world)
         deepspeed_engine.load(engine, checkpoint.path)
         file = checkpoint.path / f"random_rank_{world.rank}.pt"
         if file.exists() and manifest["parallel_layout"]["ranks"] == world.size:
             restore_random_state(torch.load(file, weights_only=True), world)
         return
     with Source(checkpoint.path, manifest) as source:
-        try:
-            own = state.load(engine, source, manifest)
-        except DamagedFile as error:
-            raise RuntimeError(f"{checkpoint.path}: {error}") from None
+        own = state.load(engine, source, manifest)
     if own:
         restore_random_state(own, world)
     else:  # draws that no rank has made before
@@ -297,6 +305,29 @@ def load(checkpoint: Checkpoint, world: World, engine: Any, pinned: state.Pinned
     wrong = state.proof(engine, manifest, pinned, precision)
     if wrong:
         raise RuntimeError(f"{checkpoint.path}: {wrong}")
+
+
+def begin_with(checkpoint: Checkpoint, world: World, engine: Any) -> None:
+    """Take up a checkpoint's weights in a fresh engine. Collective. Raises DamagedFile on every rank."""
+    if checkpoint.portable:
+        with Source(checkpoint.path, checkpoint.manifest) as source:
+            state.load_weights(engine, source.read_into)
+        return
+    from dsllama.training.weights import from_deepspeeds_files
+
+    insist_on_whole_files(checkpoint, world)  # DeepSpeed would read what is there, whatever it is
+    weights = from_deepspeeds_files(checkpoint)
+
+    def read_into(name: str, _kind: str, start: int, out: torch.Tensor) -> None:
+        out.copy_(weights[name].view(-1)[start : start + out.numel()])
+
+    state.load_weights(engine, read_into)
+
+
+def insist_on_whole_files(checkpoint: Checkpoint, world: World) -> None:
+    """Read every file, each on one rank. Collective. Raises DamagedFile on every rank."""
+    names = list(checkpoint.manifest["files"])[world.rank :: world.size]
+    state.raise_together("; ".join(damage for name in names for damage in checkpoint.damages_of(name)))
 
 
 def random_state(world: World) -> dict[str, torch.Tensor]:
@@ -322,58 +353,6 @@ def seed_everything(seed: int) -> None:
 # ---------------------------------------------------------------- files
 
 
-def _read(path: Path, checksums: bool = True) -> tuple[dict[str, Any], str]:
-    """(manifest, "") of a whole checkpoint, or ({}, what is wrong with it)."""
-    if not path.is_dir():
-        return {}, "there is no such folder"
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["format"] not in (FORMAT, _SECOND_FORMAT, _FIRST_FORMAT):
-            return {}, f"its format is {manifest['format']!r}, not {FORMAT!r}"
-        if manifest["format"] == _FIRST_FORMAT:
-            manifest["parallel_layout"] = manifest.pop("topology")
-        elif manifest["digest"] != _digest(manifest):
-            return {}, f"its {MANIFEST} was changed after it was saved"
-        named = _NAME.fullmatch(path.name)
-        if named and int(named[1]) != manifest["update"]:
-            return {}, f"its {MANIFEST} is of update {manifest['update']}"
-    except FileNotFoundError:
-        return {}, f"it has no {MANIFEST}"
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        return {}, f"its {MANIFEST} cannot be read ({type(error).__name__}: {error})"
-    try:
-        manifest.setdefault("state", "deepspeed")
-        reason = _file_problem(path, manifest, checksums)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        return {}, f"its {MANIFEST} says something else than it should ({type(error).__name__}: {error})"
-    return ({}, reason) if reason else (manifest, "")
-
-
-def _file_problem(path: Path, manifest: dict[str, Any], checksums: bool) -> str:
-    for name in ("update", "tokens", "data", "parallel_layout", "vocab_size", "schedule"):
-        manifest[name]
-    for name, entry in manifest["files"].items():
-        try:
-            size = (path / name).stat().st_size
-        except OSError:
-            return f"{name} is missing"
-        if size != entry["bytes"]:
-            return f"{name} has {size} bytes instead of {entry['bytes']}"
-        if "blocks" in entry:
-            problem = problem_of(path / name, entry) if checksums else ""
-            if problem:
-                return problem
-        elif checksums and sha256(path / name) != entry["sha256"]:
-            return f"{name} does not have the checksum that it was saved with"
-    return ""
-
-
-def _digest(manifest: dict[str, Any]) -> str:
-    """By which a manifest is known to be as it was saved: what it says decides which data a run goes on with."""
-    rest = {name: value for name, value in manifest.items() if name != "digest"}
-    return "sha256:" + hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
 def _describe(file: Path) -> dict[str, Any]:
     """Size and checksum of a file that has just been written, once the disk really has it."""
     with file.open("rb") as handle:
@@ -381,12 +360,28 @@ def _describe(file: Path) -> dict[str, Any]:
     return {"bytes": file.stat().st_size, "sha256": sha256(file)}
 
 
+def _rename(aside: Path, final: Path) -> None:
+    try:
+        aside.rename(final)
+    except FileNotFoundError:
+        # NFS may repeat a request whose answer was lost, and then finds that it has been done.
+        if not (final / MANIFEST).exists():
+            raise
+
+
 def _flush_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
     finally:
         os.close(descriptor)
+
+
+# How file systems say that they have no fsync for folders; those that need one have it.
+_REFUSALS = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.ENOSYS, errno.EACCES, errno.EPERM)
 
 
 @contextlib.contextmanager
@@ -402,8 +397,3 @@ def _all_or_none(world: World) -> Iterator[None]:
     text = "; ".join(filter(None, failures))
     if text:
         raise OSError(text)
-
-
-def timestamp() -> str:
-    """The time of saving, in UTC, for people."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -52,6 +52,12 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def tell(self, value: Any) -> Any:
+        """The first rank's value, on every rank. Collective."""
+        told = [value]
+        dist.broadcast_object_list(told, 0)
+        return told[0]
+
 
 def world_from_environment() -> tuple[int, int]:
     """(rank, world size) as a launcher set them; (0, 1) without one. Needs no DeepSpeed."""

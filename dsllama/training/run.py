@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import logging
 import os
@@ -31,8 +32,10 @@ from dsllama.training.reporting import claim, log_problem
 from dsllama.training.stopping import EXIT_STOPPED
 
 if TYPE_CHECKING:  # importing it for real takes seconds, which a mistake should not cost
+    from dsllama.training.engine import World
     from dsllama.training.trainer import Job, Outcome
 
+logger = logging.getLogger("dsllama")
 EXIT_FAILED = 1
 # The launcher kills the other ranks as soon as one has left; the main rank needs this long to say why.
 _LET_MAIN_SPEAK_SECONDS = 6.0
@@ -52,14 +55,6 @@ def main(argv: Sequence[str]) -> int:
         job = prepare(config, rank, world_size)
     except UserError as error:
         return _complain(str(error), rank, EXIT_USER_ERROR)
-    finished = job.resume_from
-    if finished is not None and finished.update >= job.derived.updates:
-        if rank == 0:
-            print(
-                f"nothing is left to train: {finished.path} has {finished.update} of {job.derived.updates} updates; "
-                "more --training_tokens go on from it"
-            )
-        return 0
     try:
         held = claim(Path(config.log_file)) if rank == 0 else None
     except OSError as error:
@@ -83,13 +78,25 @@ def _train(job: Job, rank: int, world_size: int) -> int:
         world = engine.start(rank, world_size)
     except UserError as error:
         return _complain(str(error), rank, EXIT_USER_ERROR)
+    try:
+        job = _as_the_first_rank(job, world)
+    except UserError as error:
+        return _complain(str(error) if world.is_main else "", rank, EXIT_USER_ERROR)
+    finished = job.resume_from
+    if finished is not None and finished.update >= job.derived.updates:
+        if world.is_main:
+            print(
+                f"nothing is left to train: {finished.path} has {finished.update} of {job.derived.updates} updates; "
+                "more --training_tokens go on from it"
+            )
+        return 0
     if world.is_main:
         _announce(job)
         note_start(Path(job.config.ckpt_dir), run_files(job))
     try:
         try:
             trainer = Trainer(job, world, stop)
-        except UserError as error:  # DeepSpeed's, the same on every rank
+        except UserError as error:  # DeepSpeed's, or a damaged checkpoint: the same on every rank
             return _complain(str(error) if world.is_main else "", rank, EXIT_USER_ERROR)
         outcome = trainer.run()
     except UserError as error:  # data that turn out bad on the way, on whichever rank reads them
@@ -101,6 +108,24 @@ def _train(job: Job, rank: int, world_size: int) -> int:
     if world.is_main:
         _summarize(job, outcome)
     return EXIT_STOPPED if outcome.stopped_by else 0
+
+
+def _as_the_first_rank(job: Job, world: World) -> Job:
+    """The job with the checkpoints that the first rank has chosen. Collective. Raises UserError on every rank."""
+    from dsllama.checkpoint.fragments import DamagedFile
+    from dsllama.training import checkpoint as checkpoints
+
+    chosen, layout = checkpoints.first_ranks(job.resume_from, world), job.parallel_layout
+    while chosen is not None and chosen.update >= job.derived.updates:  # nobody is going to load it
+        try:
+            checkpoints.insist_on_whole_files(chosen, world)
+            break
+        except DamagedFile as error:
+            vocab_size, reason = job.derived.vocab_size, str(error)
+            chosen = checkpoints.next_whole(job.config, layout, vocab_size, chosen, reason, world, logger.warning)
+    position = chosen.manifest["data"] if chosen else {**job.loader.state_dict(), "consumed_samples": 0}
+    job.loader.load_state_dict(position)
+    return dataclasses.replace(job, resume_from=chosen, init_from=checkpoints.first_ranks(job.init_from, world))
 
 
 def note_start(ckpt_dir: Path, files: dict[str, str]) -> Path:
@@ -127,6 +152,7 @@ def exit_process(code: int) -> None:
 
 def prepare(config: TrainingConfig, rank: int, world_size: int) -> Job:
     """Check everything that a run needs and open it. Raises one UserError with all that is wrong."""
+    from dsllama.checkpoint.catalog import open_checkpoint
     from dsllama.deepspeed_config import deepspeed_config
     from dsllama.derived import DEFAULT_VOCABULARY, derive
     from dsllama.training import checkpoint as checkpoints
@@ -134,7 +160,7 @@ def prepare(config: TrainingConfig, rank: int, world_size: int) -> Job:
     from dsllama.training.trainer import Job, parallel_layout
 
     problems: list[Problem] = []
-    tokenizer = data = derived = ds_json = resume_from = None
+    tokenizer = data = derived = ds_json = resume_from = init_from = None
     vocab_size = config.vocab_size or DEFAULT_VOCABULARY
     with _collecting(problems):
         tokenizer = Tokenizer.load(config.tokenizer_path)
@@ -148,7 +174,7 @@ def prepare(config: TrainingConfig, rank: int, world_size: int) -> Job:
         folders |= {"tensorboard_dir": Path(config.tensorboard_dir)} if config.tensorboard_dir else {}
         problems += _unwritable(folders)
     with _collecting(problems):
-        resume_from = checkpoints.choose(config, warn=logging.getLogger("dsllama").warning)
+        resume_from = checkpoints.choose(config, logger.warning)
     with _collecting(problems):
         derived = derive(config, world_size, vocab_size)
         ds_json = deepspeed_config(config, derived, engine.accelerator())
@@ -160,10 +186,14 @@ def prepare(config: TrainingConfig, rank: int, world_size: int) -> Job:
         problems += checkpoints.incompatibilities(
             resume_from, config, parallel_layout(config, ds_json, world_size), vocab_size
         )
+    if resume_from is None and config.init_from is not None:
+        with _collecting(problems):
+            init_from = open_checkpoint(config.init_from, logger.warning)
+            problems += checkpoints.misfits(init_from, config, vocab_size, tokenizer)
     if problems:
         raise UserError(problems)
     assert derived is not None and ds_json is not None and tokenizer is not None and data is not None
-    return Job(config, derived, ds_json, tokenizer, *data, resume_from)
+    return Job(config, derived, ds_json, tokenizer, *data, resume_from, init_from)
 
 
 def _open_data(
@@ -272,7 +302,7 @@ def _complain(text: str, rank: int, code: int) -> int:
 
 def _announce(job: Job) -> None:
     from dsllama.deepspeed_config import engine_lines
-    from dsllama.training.checkpoint import topology_change
+    from dsllama.training.checkpoint import resumption_lines
 
     print(
         "\n".join(
@@ -286,16 +316,12 @@ def _announce(job: Job) -> None:
         flush=True,
     )
     if job.resume_from is not None:
+        print("\n".join(resumption_lines(job.resume_from, job.config, job.parallel_layout)), flush=True)
+    elif job.init_from is not None:
+        source, anew = job.init_from, "optimizer, schedule and data begin anew"
         print(
-            f"resuming     {job.resume_from.path}: update {job.resume_from.update}, {readable(job.resume_from.tokens)} "
-            "tokens",
-            flush=True,
+            f"weights      {source.path}: update {source.update}, {readable(source.tokens)} tokens; {anew}", flush=True
         )
-        change = topology_change(job.resume_from, job.config, job.parallel_layout)
-        if change and job.resume_from.portable:
-            change += ": the state is taken up by name, the losses go on"
-        if change:
-            print(f"topology     {change}", flush=True)
 
 
 def _summarize(job: Job, outcome: Outcome) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -21,20 +22,23 @@ import torch
 import torch.distributed as dist
 import yaml
 
+from dsllama.checkpoint.catalog import Checkpoint, list_checkpoints, timestamp, update_of
+from dsllama.checkpoint.fragments import DamagedFile
 from dsllama.config import TrainingConfig
 from dsllama.data.loader import DatasetLoader
 from dsllama.data.tokenizer import Tokenizer
 from dsllama.derived import Derived
+from dsllama.errors import Problem, UserError
 from dsllama.machine import peak_memory_gib, peak_tflops, versions
 from dsllama.model import IGNORE_INDEX, LLaMaTransformer
 from dsllama.sizes import readable_duration
 from dsllama.training import checkpoint as checkpoints
 from dsllama.training import engine as deepspeed_engine
-from dsllama.training.checkpoint import Checkpoint
 from dsllama.training.engine import World
 from dsllama.training.reporting import Report, Row, perplexity
 from dsllama.training.stopping import StopRequest
 
+logger = logging.getLogger("dsllama")
 _LONG_UPDATE_SECONDS = 10.0
 
 
@@ -53,6 +57,7 @@ class Job:
     loader: DatasetLoader
     validation: DatasetLoader | None
     resume_from: Checkpoint | None
+    init_from: Checkpoint | None = None
 
     @property
     def parallel_layout(self) -> dict[str, Any]:
@@ -111,10 +116,12 @@ class Trainer:
         # The draws of dropout differ between ranks, the weights did not.
         checkpoints.seed_everything(self.config.seed + 1 + world.rank)
         self.update = 0
-        self.last_checkpoint = job.resume_from
+        self.resumed_from = self.last_checkpoint = job.resume_from
         self.streak = Streak()
         if job.resume_from is not None:
             self._resume(job.resume_from)
+        elif job.init_from is not None:
+            self._begin_with(job.init_from)
         self.first_update = self.update + 1
         self.skips = self.skips_before = deepspeed_engine.skips(self.engine)
         # The textbook's engine reports no norm for fp32 at stage 0; there it is taken from the gradients themselves.
@@ -295,7 +302,7 @@ class Trainer:
         manifest = {
             "tokens": self.tokens,
             "loss": loss,
-            "saved_at": checkpoints.timestamp(),
+            "saved_at": timestamp(),
             "data": self.loader.state_dict(),
             "parallel_layout": self.job.parallel_layout,
             "vocab_size": self.derived.vocab_size,
@@ -330,15 +337,20 @@ class Trainer:
 
     def _tokens_saved(self) -> list[int]:
         """Where there is a checkpoint, in tokens."""
-        found = checkpoints.list_checkpoints(self.config.ckpt_dir)
-        return [checkpoints.update_of(path) * self.config.tokens_per_update for path in found]
+        found = list_checkpoints(self.config.ckpt_dir)
+        return [update_of(path) * self.config.tokens_per_update for path in found]
+
+    def _begin_with(self, source: Checkpoint) -> None:
+        try:
+            checkpoints.begin_with(source, self.world, self.engine)
+        except DamagedFile as error:
+            problem = Problem("init_from", f"is damaged: {error}", "give another checkpoint", str(source.path))
+            raise UserError(problem) from None
 
     def _resume(self, source: Checkpoint) -> None:
         fresh = self.scheduler.state_dict()
-        try:
-            checkpoints.load(source, self.world, self.engine, self.loader.first_sequence(), self.config.precision)
-        except RuntimeError as error:
-            raise TrainingFailed(f"the checkpoint could not be loaded: {error}") from None
+        source = self._load_first_whole(source)
+        self.resumed_from = self.last_checkpoint = source
         self.update = source.update
         self.streak = Streak(**source.manifest.get("skipping", {}))
         theirs = {**source.manifest["schedule"], "current_step": 1}
@@ -350,6 +362,25 @@ class Trainer:
                 f"the checkpoint's schedule goes on: {changed}; --use_prev_scheduler false takes the new one",
                 flush=True,
             )
+
+    def _load_first_whole(self, source: Checkpoint) -> Checkpoint:
+        """Load a checkpoint; where it turns out damaged, the newest whole one before it. Returns what was loaded."""
+        config, layout = self.config, self.job.parallel_layout
+        while True:
+            try:
+                pinned = self.loader.first_sequence()
+                checkpoints.load(source, self.world, self.engine, pinned, config.precision)
+                return source
+            except DamagedFile as error:
+                vocab_size = self.derived.vocab_size
+                source = checkpoints.next_whole(
+                    config, layout, vocab_size, source, str(error), self.world, logger.warning
+                )
+            except RuntimeError as error:
+                raise TrainingFailed(f"the checkpoint could not be loaded: {error}") from None
+            self.loader.load_state_dict(source.manifest["data"])
+            if self.world.is_main:
+                print("\n".join(checkpoints.resumption_lines(source, config, layout)), flush=True)
 
     def _insist_on_finite(self, loss: float, grad_norm: float | None) -> None:
         """Stop before anything that is not finite can reach a checkpoint; say what the engine has skipped."""
@@ -415,7 +446,7 @@ class Trainer:
     def _reporting(self) -> Iterator[None]:
         if self.world.is_main:
             log_file = Path(self.config.log_file)
-            resumed = self.job.resume_from
+            resumed = self.resumed_from
             self.report = Report(log_file, tensorboard_dir(self.config), self.update, resumed.tokens if resumed else 0)
         try:
             yield

@@ -9,21 +9,52 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dsllama.checkpoint.fragments import Source
-from dsllama.training.checkpoint import Checkpoint
-from dsllama.training.engine import TAG, accelerator
+from dsllama.checkpoint.catalog import Checkpoint
+from dsllama.checkpoint.fragments import DamagedFile, Source
 
 
-def consolidated_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """All weights in fp32, by the model's names."""
+@contextlib.contextmanager
+def opened_weights(checkpoint: Checkpoint) -> Iterator[Mapping[str, Tensor]]:
+    """All weights in fp32, by the model's names. A portable checkpoint's are read one by one, when they are asked for.
+
+    Raises DamagedFile, then or at once, for what is not as it was saved.
+    """
     if checkpoint.portable:
-        return _by_name(checkpoint)
+        with Source(checkpoint.path, checkpoint.manifest) as source:
+            yield _ByName(source, checkpoint.manifest["shared"])
+        return
+    for name in checkpoint.manifest["files"]:
+        for damage in checkpoint.damages_of(name):
+            raise DamagedFile(damage)
+    yield from_deepspeeds_files(checkpoint)
+
+
+class _ByName(Mapping[str, Tensor]):
+    def __init__(self, source: Source, shared: dict[str, str]) -> None:
+        self._source, self._shared = source, shared
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._source.read(self._shared.get(name, name))
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._source.shapes
+        yield from self._shared
+
+    def __len__(self) -> int:
+        return len(self._source.shapes) + len(self._shared)
+
+
+def from_deepspeeds_files(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """All weights in fp32 of what the engine itself wrote; their digests are not looked at."""
+    from dsllama.training.engine import TAG, accelerator
+
     accelerator()  # reading the files imports DeepSpeed, which would complain that there is no GPU
     folder = checkpoint.path / TAG
     stage = checkpoint.manifest["parallel_layout"]["zero_stage"]
@@ -37,12 +68,6 @@ def consolidated_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
         return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.path), tag=TAG)
-
-
-def _by_name(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    with Source(checkpoint.path, checkpoint.manifest) as source:
-        weights = {name: source.read(name) for name in checkpoint.manifest["parameters"]}
-    return weights | {alias: weights[name] for alias, name in checkpoint.manifest["shared"].items()}
 
 
 def _from_bf16_optimizer(folder: Path, ranks: int) -> dict[str, Tensor]:

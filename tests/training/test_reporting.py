@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dsllama.checkpoint.catalog import list_checkpoints
 from dsllama.errors import UserError
 from dsllama.files import write_own
-from dsllama.training.checkpoint import list_checkpoints
 from dsllama.training.reporting import claim, events_folder
 from dsllama.training.run import main as train
 from dsllama.training.run import note_start

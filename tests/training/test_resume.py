@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from dsllama.checkpoint.catalog import list_checkpoints, open_checkpoint
 from dsllama.inference import load_model
-from dsllama.training.checkpoint import list_checkpoints, open_checkpoint
 from dsllama.training.run import main as train
-from tests.campaign import HALF, OWN_FILES, RESUMED, RESUMED_LONG, Campaign, halfway
+from tests.campaign import BEGUN_WITH, HALF, OWN_FILES, RESUMED, RESUMED_LONG, UPDATES, Campaign, flip, halfway
 from tests.conftest import Run, one_clear_screen, starts_processes
 
 pytestmark = starts_processes
@@ -37,6 +38,33 @@ def test_a_run_goes_on_with_other_ranks_stage_and_micro_batch_and_says_so(campai
     assert moved == pytest.approx({update: loss for update, loss in whole.items() if update > HALF}, rel=1e-5)
     said = campaign.ended("moved", 2).said
     assert "topology     ranks 1 -> 2, zero_stage 0 -> 3, batch_size 2 -> 1: the state is taken up by name" in said
+
+
+def test_a_damaged_checkpoint_is_passed_over_in_the_same_start(campaign: Campaign) -> None:
+    whole, fallen_back = campaign.losses("fp32_stage2", 2), campaign.run("fallen_back", 2)
+    resumed = fallen_back.losses()  # the log is the copied run's, and then this one's
+    assert {update: loss for update, loss in resumed.items() if update <= UPDATES} == whole and len(resumed) == 24
+    said = campaign.ended("fallen_back", 2).said
+    damaged, older = fallen_back.checkpoint(20), fallen_back.checkpoint(10)
+    assert f"passing over the damaged checkpoint {damaged}: optimizer_00001.safetensors is damaged in block 0 (" in said
+    assert f"resuming     {older}: update 10" in said
+    assert "11/24" in said and "10/24" not in said
+    assert list(open_checkpoint(damaged).damages()) == []
+    assert len(list(damaged.parent.glob("damaged-update_0000020-*"))) == 1
+
+
+@pytest.mark.parametrize("name", BEGUN_WITH)
+def test_a_run_begins_with_the_weights_of_another(campaign: Campaign, name: str) -> None:
+    run, source = campaign.run(f"begun_with_{name}", 2), campaign.run(name, 2)
+    model = load_model(source.folder / "checkpoints")
+    rows = torch.from_numpy(campaign.data.tokens[:257].astype("int64"))
+    with torch.no_grad():
+        expected = float(model(rows[:-1].view(8, 32), rows[1:].view(8, 32)))
+    first, *_ = run.rows()
+    assert float(first["loss"]) == pytest.approx(expected, rel=1e-5)
+    assert float(first["learning_rate"]) == pytest.approx(0.005) and len(run.rows()) == 6
+    assert f"weights      {source.folder / 'checkpoints'}/update_" in campaign.ended(f"begun_with_{name}", 2).said
+    assert open_checkpoint(run.folder / "checkpoints").manifest["optimizer_step"] == 6
 
 
 def test_a_finished_run_says_that_nothing_is_left(campaign: Campaign, capsys) -> None:
@@ -91,7 +119,7 @@ def test_a_state_that_comes_out_otherwise_is_refused_on_every_rank(campaign: Cam
     for rank, told in enumerate(campaign.ended("refused_loads", ranks).values):
         assert "the loss of the pinned sequence is" in told["untrue"], rank
         assert "was 7.0" in told["untrue"]
-        assert f"state_{ranks - 1:05d}.safetensors is damaged in block 0 (" in told["flipped"], rank
+        assert f"weights_{ranks - 1:05d}.safetensors is damaged in block 0 (" in told["flipped"], rank
         assert told["whole"] == ""
 
 
@@ -102,16 +130,14 @@ def test_a_rank_that_cannot_copy_deepspeeds_script_leaves_nobody_waiting(campaig
     assert others == [""] * (ranks - 1)
 
 
-def damage(update: int, how: str) -> Callable[[Run], None]:
+def damaged(update: int, how: str) -> Callable[[Run], None]:
     def apply(trained: Run) -> None:
         folder = trained.checkpoint(update)
-        file = folder / "state_00000.safetensors"
+        file = folder / "weights_00000.safetensors"
         if how == "truncated":
             file.write_bytes(file.read_bytes()[:-1])
         elif how == "flipped":
-            content = bytearray(file.read_bytes())
-            content[len(content) // 2] ^= 1
-            file.write_bytes(content)
+            flip(file)
         elif how == "missing":
             file.unlink()
         elif how == "no manifest":
@@ -144,23 +170,23 @@ CHECKPOINTS: dict[str, tuple[list[Callable[[Run], Any]], dict[str, Any], list[st
     "another order of the data": ([], {"load_ckpt": "true", "shuffle": "true"}, ["shuffle", "True", "False"]),
     "other held-out data": ([], {"load_ckpt": "true", "validation_tokens": 500}, ["validation_tokens", "500"]),
     "asked for by name and truncated": (
-        [damage(20, "truncated")],
+        [damaged(20, "truncated")],
         {"load_ckpt": "update_0000020"},
         ["bytes instead of", "update_0000010"],
     ),
-    "asked for by name and a file missing": ([damage(20, "missing")], {"load_ckpt": "update_0000020"}, ["is missing"]),
+    "asked for by name and a file missing": ([damaged(20, "missing")], {"load_ckpt": "update_0000020"}, ["is missing"]),
     "asked for by name and one bit is another": (
-        [damage(20, "flipped")],
+        [damaged(20, "flipped")],
         {"load_ckpt": "update_0000020"},
-        ["state_00000.safetensors is damaged in block 0 ("],
+        ["weights_00000.safetensors is damaged in block 0 ("],
     ),
     "newer ones lie ahead": (
         [],
         {"load_ckpt": "update_0000010"},
         ["update_0000020", "write over", "another --ckpt_dir"],
     ),
-    "manifest gone": ([damage(20, "no manifest")], {"load_ckpt": "update_0000020"}, ["no manifest.json"]),
-    "manifest torn": ([damage(20, '{"format":')], {"load_ckpt": "update_0000020"}, ["cannot be read"]),
+    "manifest gone": ([damaged(20, "no manifest")], {"load_ckpt": "update_0000020"}, ["no manifest.json"]),
+    "manifest torn": ([damaged(20, '{"format":')], {"load_ckpt": "update_0000020"}, ["cannot be read"]),
     "manifest with another update": (
         [edited(lambda manifest: manifest.update(update=19))],
         {"load_ckpt": "update_0000020"},
@@ -177,12 +203,28 @@ CHECKPOINTS: dict[str, tuple[list[Callable[[Run], Any]], dict[str, Any], list[st
         ["its manifest.json is of update 20"],
     ),
     "manifest of something else": (
-        [damage(20, '{"format": "x", "files": {}}')],
+        [damaged(20, '{"format": "x", "files": {}}')],
         {"load_ckpt": "update_0000020"},
         ["format"],
     ),
+    "other weights to begin with": (
+        [],
+        {"ckpt_dir": "elsewhere", "init_from": "update_0000020", "n_embd": 64, "theta": 500},
+        ["n_embd = 64", "32"],
+    ),
+    "nothing to begin with": ([], {"ckpt_dir": "elsewhere", "init_from": "update_0000030"}, ["there is no such"]),
+    "damaged weights to begin with": (
+        [damaged(20, "flipped")],
+        {"ckpt_dir": "elsewhere", "init_from": "update_0000020"},
+        ["init_from", "weights_00000.safetensors is damaged in block 0 ("],
+    ),
+    "the newest damaged and no other": (
+        [damaged(10, "missing"), damaged(20, "flipped")],
+        {"load_ckpt": "true"},
+        ["none of the 2"],
+    ),
     "none of them whole": (
-        [damage(10, "truncated"), damage(20, "truncated")],
+        [damaged(10, "truncated"), damaged(20, "truncated")],
         {"load_ckpt": "true"},
         ["none of the 2"],
     ),
@@ -197,8 +239,12 @@ def test_a_checkpoint_that_cannot_be_resumed_is_refused(name: str, campaign: Cam
     shutil.copytree(finished.folder, copy.folder)
     for apply in damages:
         apply(copy)
-    if str(changes.get("load_ckpt", "")).startswith("update_"):
-        copy.settings["load_ckpt"] = copy.folder / "checkpoints" / changes["load_ckpt"]
-    assert train(copy.words()) == 2
+    for field in ("load_ckpt", "init_from"):
+        if str(changes.get(field, "")).startswith("update_"):
+            copy.settings[field] = copy.folder / "checkpoints" / changes[field]
+    words = copy.words()
+    if "ckpt_dir" in changes:
+        words += ["--ckpt_dir", str(tmp_path / changes["ckpt_dir"])]
+    assert train(words) == 2
     message = one_clear_screen(capsys.readouterr())
     assert [word for word in expected if word not in message] == [], message

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 
+from dsllama.checkpoint.catalog import list_checkpoints
 from dsllama.config import TrainingConfig
 from dsllama.export.huggingface import to_huggingface
 from dsllama.inference import export_checkpoint, load_model
 from dsllama.model import LLaMaTransformer
-from dsllama.training.checkpoint import list_checkpoints
 from tests.campaign import OWN_FILES, STAGES, UPDATES, Campaign, on_one_and_two_ranks
 from tests.conftest import TINY, TinyData, starts_processes
 

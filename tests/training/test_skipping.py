@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from dsllama.training.checkpoint import list_checkpoints
+from dsllama.checkpoint.catalog import list_checkpoints
 from tests.campaign import UPDATES, Campaign
 from tests.conftest import TinyData, starts_processes
 from tests.training.test_runs import plain_loop

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dsllama.training.checkpoint import list_checkpoints
+from dsllama.checkpoint.catalog import list_checkpoints
 from tests.conftest import PATIENCE, Run, TinyData, deepspeed_command, run, starts_processes
 from tests.processes import start, wait_for_rows
 

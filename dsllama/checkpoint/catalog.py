@@ -1,0 +1,282 @@
+"""Which checkpoints there are, and whether they are whole; needs neither DeepSpeed nor a process group.
+
+    ckpt_dir/update_0000300/            published by one rename of ckpt_dir/.writing-update_0000300
+        manifest.json                   update, tokens, loss, data position, counters, sizes and digests of files
+        config.yaml deepspeed.json tokenizer.json
+        weights_00000.safetensors       what each rank holds of weights and moments, by name; see fragments.py
+        optimizer_00000.safetensors ...
+
+With `checkpoint_format: deepspeed` what the engine itself writes, in engine/, is in the place of the last.
+
+The manifest is the commit: a folder without one is none. What it says is looked at when a checkpoint is chosen, with
+the sizes of the files; their contents are checked while they are read, and all of them by `damages`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from calendar import timegm
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dsllama.checkpoint.fragments import DamagedFile, problems_of
+from dsllama.config import TrainingConfig, load_config
+from dsllama.errors import Problem, UserError
+from dsllama.files import sha256
+
+MANIFEST = "manifest.json"
+FORMAT = "dsllama-checkpoint-4"
+# Whose files are DeepSpeed's; the first one's manifests have other words, and no digest.
+_FIRST_FORMAT, _SECOND_FORMAT = "dsllama-checkpoint-1", "dsllama-checkpoint-2"
+# It had weights and moments in the same file.
+_THIRD_FORMAT = "dsllama-checkpoint-3"
+_NAME = re.compile(r"update_(\d{7,})")
+# Small, and read whole: their digests are always looked at.
+_TEXTS = ("config.yaml", "deepspeed.json", "tokenizer.json")
+T = TypeVar("T")
+_TIME = "%Y-%m-%dT%H:%M:%SZ"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk whose manifest is whole, and whose files have the sizes that it says."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def update(self) -> int:
+        return self.manifest["update"]
+
+    @property
+    def tokens(self) -> int:
+        return self.manifest["tokens"]
+
+    @property
+    def portable(self) -> bool:
+        """Whether its state is kept by name, to be read by any topology."""
+        return self.manifest["state"] != "deepspeed"
+
+    @property
+    def resumable(self) -> bool:
+        """Whether it has the optimizer's state, and not only weights."""
+        return self.manifest["state"] != "weights"
+
+    @property
+    def bytes(self) -> int:
+        """Of all its files."""
+        return sum(entry["bytes"] for entry in self.manifest["files"].values())
+
+    @property
+    def age(self) -> float:
+        """Seconds since it was saved."""
+        return max(0.0, time.time() - timegm(time.strptime(self.manifest["saved_at"], _TIME)))
+
+    def config(self) -> TrainingConfig:
+        """The configuration that the checkpoint was trained with."""
+        return load_config(self.path / "config.yaml")
+
+    def damages(self) -> Iterator[str]:
+        """Read everything; what is not as it was saved."""
+        for name in self.manifest["files"]:
+            yield from self.damages_of(name)
+
+    def damages_of(self, name: str) -> list[str]:
+        """What in a file is not as it was saved."""
+        entry = self.manifest["files"][name]
+        if "blocks" in entry:
+            return problems_of(self.path / name, entry)
+        try:
+            whole = sha256(self.path / name) == entry["sha256"]
+        except OSError as error:
+            return [f"{name} cannot be read ({error.strerror})"]
+        return [] if whole else [f"{name} does not have the checksum that it was saved with"]
+
+
+def topology(layout: dict[str, Any]) -> str:
+    """A parallel layout in words: "ZeRO-1, 2 ranks, bf16"."""
+    ranks = f"{layout['ranks']} rank" + ("s" if layout["ranks"] > 1 else "")
+    words = [f"ZeRO-{layout['zero_stage']}", ranks, layout["precision"]]
+    for part in ("optimizer", "params"):
+        device = layout.get(f"offload_{part}", "none")
+        words += [f"{part} on {device}"] if device != "none" else []
+    return ", ".join(words)
+
+
+def summary(path: Path, read: bool = False) -> dict[str, Any]:
+    """A checkpoint for people and programs, plain values; `problems` is empty where it is whole.
+
+    read: everything in it, and not only its manifest.
+    """
+    found = look_at(path)
+    told: dict[str, Any] = {"path": str(path), "update": update_of(path) if _NAME.fullmatch(path.name) else None}
+    if isinstance(found, str):
+        return {**told, "problems": [found]}
+    manifest = found.manifest
+    return {
+        "path": str(path),
+        "update": found.update,
+        "tokens": found.tokens,
+        "loss": manifest.get("loss"),
+        "validation_loss": manifest.get("validation_loss"),
+        "saved_at": manifest.get("saved_at"),
+        "age_seconds": round(found.age),
+        "topology": manifest["parallel_layout"],
+        "state": manifest["state"],
+        "bytes": found.bytes,
+        "problems": list(found.damages()) if read else [],
+    }
+
+
+def timestamp() -> str:
+    """The time of saving, in UTC, for people."""
+    return time.strftime(_TIME, time.gmtime())
+
+
+# ---------------------------------------------------------------- finding
+
+
+def list_checkpoints(ckpt_dir: str | Path) -> list[Path]:
+    """The published checkpoints in a folder, oldest first; whether they are whole is not looked at."""
+    folder = Path(ckpt_dir)
+    found = [p for p in folder.glob("update_*") if p.is_dir() and _NAME.fullmatch(p.name)] if folder.is_dir() else []
+    return sorted(found, key=update_of)
+
+
+def checkpoints_at(path: Path) -> list[Path]:
+    """Those in a folder, oldest first, or the one that the folder is. Raises UserError where there is no folder."""
+    if not path.is_dir():
+        raise UserError(Problem(str(path), "there is no such folder", "give a ckpt_dir, or one checkpoint"))
+    itself = (path / MANIFEST).exists() or _NAME.fullmatch(path.name)
+    return [path] if itself else list_checkpoints(path)
+
+
+def update_of(path: Path) -> int:
+    """The update that a checkpoint's folder is named after."""
+    return int(path.name.removeprefix("update_"))
+
+
+def open_checkpoint(path: str | Path, warn: Callable[[str], Any] | None = None, resumable: bool = False) -> Checkpoint:
+    """The checkpoint in a folder; given a folder of checkpoints, its newest whole one.
+
+    resumable: with the optimizer's state. warn: called with a sentence for each that is passed over.
+    Raises UserError with what is wrong.
+    """
+    path = Path(path)
+    if holds_checkpoints(path):
+        newest = newest_whole(path, warn, resumable=resumable)
+        if newest is not None:
+            return newest
+    found = look_at(path)
+    reason = found if isinstance(found, str) else _unresumable(found, resumable)
+    if not isinstance(found, str) and not reason:
+        return found
+    beside = [p for p in list_checkpoints(path.parent) if p != path]
+    others = [str(p) for p in beside if not isinstance(look_at(p), str)]
+    remedy = f"whole ones beside it: {', '.join(others[-3:])}" if others else "give the path of a checkpoint"
+    if not isinstance(found, str):
+        remedy = f"--init_from {path} begins anew with its weights; {remedy}"
+    problem = Problem(str(path), f"is not a whole checkpoint: {reason}", remedy)
+    raise UserError(problem, "cannot load the checkpoint")
+
+
+def holds_checkpoints(path: Path) -> bool:
+    """Whether a folder is one of checkpoints, and none itself."""
+    return not (path / MANIFEST).exists() and bool(list_checkpoints(path))
+
+
+def newest_whole(
+    ckpt_dir: str | Path,
+    warn: Callable[[str], Any] | None = None,
+    before: int | None = None,
+    resumable: bool = False,
+) -> Checkpoint | None:
+    """The newest whole checkpoint, or None. before: only of earlier updates. The rest as `open_checkpoint`."""
+    for path in reversed(list_checkpoints(ckpt_dir)):
+        if before is not None and update_of(path) >= before:
+            continue
+        found = look_at(path)
+        if isinstance(found, str):
+            reason = f"passing over the damaged checkpoint {path}: {found}"
+        elif _unresumable(found, resumable):
+            reason = f"passing over {path}: {_unresumable(found, resumable)}"
+        else:
+            return found
+        if warn is not None:
+            warn(reason)
+    return None
+
+
+def _unresumable(found: Checkpoint, resumable: bool) -> str:
+    return "it holds weights only, and no optimizer state to go on with" if resumable and not found.resumable else ""
+
+
+def look_at(path: Path) -> Checkpoint | str:
+    """The checkpoint in a folder, by its manifest, its small files and the sizes of the rest; or what is wrong."""
+    if not path.is_dir():
+        return "there is no such folder"
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] not in (FORMAT, _THIRD_FORMAT, _SECOND_FORMAT, _FIRST_FORMAT):
+            return f"its format is {manifest['format']!r}, not {FORMAT!r}"
+        if manifest["format"] == _FIRST_FORMAT:
+            manifest["parallel_layout"] = manifest.pop("topology")
+        elif manifest["digest"] != digest(manifest):
+            return f"its {MANIFEST} was changed after it was saved"
+        named = _NAME.fullmatch(path.name)
+        if named and int(named[1]) != manifest["update"]:
+            return f"its {MANIFEST} is of update {manifest['update']}"
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        return f"its {MANIFEST} cannot be read ({type(error).__name__}: {error})"
+    try:
+        manifest.setdefault("state", "deepspeed")
+        found = Checkpoint(path, manifest)
+        return _problem(found) or found
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return f"its {MANIFEST} says something else than it should ({type(error).__name__}: {error})"
+
+
+def _problem(found: Checkpoint) -> str:
+    for name in ("update", "tokens", "data", "parallel_layout", "vocab_size", "schedule"):
+        found.manifest[name]
+    for name, entry in found.manifest["files"].items():
+        try:
+            size = (found.path / name).stat().st_size
+        except OSError:
+            return f"{name} is missing"
+        if size != entry["bytes"]:
+            return f"{name} has {size} bytes instead of {entry['bytes']}"
+        if name in _TEXTS and (damages := found.damages_of(name)):
+            return damages[0]
+    return ""
+
+
+def digest(manifest: dict[str, Any]) -> str:
+    """By which a manifest is known to be as it was saved: what it says decides which data a run goes on with."""
+    rest = {name: value for name, value in manifest.items() if name != "digest"}
+    return "sha256:" + hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def with_first_whole(path: str | Path, use: Callable[[Checkpoint], T], warn: Callable[[str], Any]) -> T:
+    """`use` of a checkpoint; given a folder of them, of the newest that turns out whole while it is read.
+
+    Raises UserError with what is damaged.
+    """
+    source = open_checkpoint(path, warn)
+    while True:
+        try:
+            return use(source)
+        except DamagedFile as error:
+            older = newest_whole(path, warn, before=source.update) if holds_checkpoints(Path(path)) else None
+            if older is None:
+                problem = Problem(str(source.path), f"is damaged: {error}", "give the path of another checkpoint")
+                raise UserError(problem, "cannot load the checkpoint") from None
+            warn(f"passing over the damaged checkpoint {source.path}: {error}")
+            source = older
