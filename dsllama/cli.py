@@ -12,7 +12,7 @@ from typing import Any
 
 from dsllama import arguments, console
 from dsllama.arguments import Parser, read_with
-from dsllama.errors import EXIT_USER_ERROR, UserError, is_explained, of_system
+from dsllama.errors import EXIT_USER_ERROR, Problem, UserError, is_explained, of_system
 from dsllama.paths import parse_path, parse_text
 from dsllama.sizes import parse_count, parse_number
 
@@ -116,6 +116,16 @@ def _parser() -> Parser:
         sub = add(name, verb, text, those)
         sub.add_argument("path", type=_path, help="a folder of checkpoints, or one checkpoint")
         sub.add_argument("--json", dest="as_json", action="store_true", help="for programs")
+
+    sub = add("prune", _prune_checkpoints, "remove old checkpoints; never the only whole one", those)
+    sub.add_argument("path", type=_path, help="a folder of checkpoints that no run is using")
+    sub.add_argument("--keep_last", type=_count, required=True, help="keep so many of the newest")
+    sub.add_argument("--keep_every", type=_count, default=None, help="of the older ones, one in so many tokens")
+    sub.add_argument("--keep_best", type=_count, default=0, help="of the older ones, those of lowest validation loss")
+    sub.add_argument("--keep_weights", action="store_true", help="of the others, remove the optimizer's state only")
+    sub.add_argument("--damaged", action="store_true", help="read them all, and remove damaged ones too")
+    sub.add_argument("--dry_run", action="store_true", help="only say what would be removed")
+    sub.add_argument("--json", dest="as_json", action="store_true", help="for programs")
 
     sub = add("export", _export, "write a checkpoint in the Hugging Face layout")
     sub.add_argument("--checkpoint", type=_path, required=True, help=_CHECKPOINT)
@@ -247,6 +257,33 @@ def _show_checkpoints(path: Path, as_json: bool, read: bool) -> int:
     else:
         print("\n".join(_table([_words_for(each, read) for each in told])) or f"no checkpoints in {path}")
     return int(read and any(each["problems"] for each in told))
+
+
+def _prune_checkpoints(
+    path: Path,
+    keep_last: int,
+    keep_every: int | None,
+    keep_best: int,
+    keep_weights: bool,
+    as_json: bool,
+    **options: Any,
+) -> int:
+    from dsllama.checkpoint.retention import Policy, prune
+
+    if keep_last < 1 or keep_every == 0 or keep_best < 0:
+        rule = "must be at least 1, as must --keep_every"
+        raise UserError(Problem("--keep_last", rule, "the newest whole one always stays", keep_last))
+    policy = Policy(keep_last, keep_every, keep_best, keep_weights)
+    told = prune(path, policy, warn=lambda text: print(text, file=sys.stderr), **options)
+    if as_json:
+        print(json.dumps(told, indent=1))
+        return 0
+    would = "would be " if options["dry_run"] else ""
+    said = {"removed": f"{would}removed", "weights": f"{would}left with weights only", "kept": "kept"}
+    said["damaged"] = f"damaged, {would}removed" if options["damaged"] else "damaged, and left (see --damaged)"
+    lines = [f"{said[what]:13}{', '.join(names)}" for what, names in told.items() if names]
+    print("\n".join(lines))
+    return 0
 
 
 def _words_for(told: dict[str, Any], read: bool) -> list[str]:

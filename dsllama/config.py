@@ -145,6 +145,17 @@ class TrainingConfig(BaseModel):
     """Tokens between two checkpoints."""
     checkpoint_format: Literal["portable", "deepspeed"] = "portable"
     """portable: state by name, for any topology; deepspeed: the engine's own files, which load on the same topology."""
+    keep_last: Positive | None = None
+    """Checkpoints to keep, the newest ones; older ones are removed after each save. null: all."""
+    keep_every: Positive | None = None
+    """Of the older ones, keep the first in every so many tokens (needs keep_last)."""
+    keep_best: NotNegative = 0
+    """Of the older ones, keep so many with the lowest validation loss (needs keep_last); saves then follow an
+    evaluation."""
+    keep_weights: bool = False
+    """Of the others, keep the weights: only the optimizer's state is removed, two thirds (needs keep_last)."""
+    on_failed_save: Literal["go_on", "stop"] = "go_on"
+    """What a run does when a checkpoint cannot be written (a full disk): go on to the next one, or stop."""
     load_ckpt: Annotated[bool | str, BeforeValidator(_parse_load)] = False
     """Resume: false starts anew; true takes ckpt_dir's newest whole checkpoint; auto does if any; or a path."""
     init_from: PathText | None = None

@@ -22,6 +22,7 @@ import yaml
 
 from dsllama.arguments import value_of
 from dsllama.checkpoint.catalog import Checkpoint, newest_whole
+from dsllama.checkpoint.retention import LOCK
 from dsllama.config import TrainingConfig, load_config, read_settings
 from dsllama.data.corpus import gather_stdlib_corpus
 from dsllama.data.encode import encode
@@ -29,6 +30,7 @@ from dsllama.data.tokenizer import train_tokenizer
 from dsllama.derived import DEFAULT_VOCABULARY
 from dsllama.errors import Problem, UserError
 from dsllama.files import write_own
+from dsllama.locks import hold
 from dsllama.machine import half_precision, unusable_gpu, usable_cores
 from dsllama.model import LLaMaTransformer
 from dsllama.rules import check_world_size
@@ -246,6 +248,9 @@ def _set_aside(folder: Path) -> None:
     parts = [folder / name for name in ("checkpoints", "tensorboard", "log.csv", "log.png", "log.samples.txt")]
     existing = [part for part in parts if part.exists()]
     if existing:
+        if (folder / "checkpoints").is_dir():
+            other = "wait for its end, or give another --dir"
+            hold(folder / "checkpoints" / LOCK, "--dir", str(folder), other).release()
         aside = folder / time.strftime("earlier-%Y%m%d-%H%M%S")
         aside.mkdir()
         for part in existing:

@@ -104,6 +104,20 @@ def _warmup_ends(c: TrainingConfig) -> Iterator[Problem]:
         )
 
 
+@_rule("keep_last", "keep_every", "keep_best", "keep_weights", "validation_tokens", "checkpoint_format")
+def _retention_makes_sense(c: TrainingConfig) -> Iterator[Problem]:
+    if c.keep_last is None:
+        for name in ("keep_every", "keep_best", "keep_weights"):
+            if getattr(c, name):
+                yield Problem(name, "needs keep_last: without it all are kept", "use keep_last 2", getattr(c, name))
+    if c.keep_best and not c.validation_tokens:
+        rule = "needs validation_tokens: the best are those with the lowest validation loss"
+        yield Problem("keep_best", rule, "hold some tokens out, such as validation_tokens 1M", c.keep_best)
+    if c.keep_weights and c.checkpoint_format != "portable":
+        rule = "needs checkpoint_format portable: in DeepSpeed's own files weights and optimizer are not apart"
+        yield Problem("keep_weights", rule, "use checkpoint_format portable, or keep_weights false", True)
+
+
 @_rule("load_ckpt")
 def _resume_names_something(c: TrainingConfig) -> Iterator[Problem]:
     if isinstance(c.load_ckpt, str) and not c.load_ckpt.strip():

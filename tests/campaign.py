@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,11 @@ ON_ONE_RANK: dict[str, dict[str, Any]] = {
         "schedule": "constant",
     },
     "diverging": {"zero_stage": 0, "token_ckpt": 256, "max_lr": 1e30, "schedule": "constant", "gradient_clipping": 0},
+    "keeping": {
+        **{"token_ckpt": 256, "keep_last": 2, "keep_every": 6 * 256, "keep_best": 1},
+        **{"validation_tokens": 500, "eval_interval": 7},
+    },
+    "keeping_weights": {"zero_stage": 1, "token_ckpt": 5 * 256, "keep_last": 1, "keep_weights": "true"},
     "reporting": {
         "validation_tokens": 1000,
         "eval_interval": 5,
@@ -59,6 +64,14 @@ ON_ONE_RANK: dict[str, dict[str, Any]] = {
         "sample_tokens": 4,
         "seed": 3,
     },
+}
+# In these, no file can become larger than a checkpoint's.
+ON_TWO_RANKS: dict[str, dict[str, Any] | Call] = {
+    "no_room": Call("tests.engine_tasks:limit_files", {"size": 2**16}),
+    "full_disk": {"zero_stage": 2},
+    "full_disk_stops": {"zero_stage": 3, "on_failed_save": "stop"},
+    "full_disk_own_files": {"zero_stage": 1, "checkpoint_format": "deepspeed"},
+    "room": Call("tests.engine_tasks:limit_files"),
 }
 # How fp32_stage0 on one rank goes on, on two.
 MOVED = {"zero_stage": 3, "batch_size": 1}
@@ -95,7 +108,7 @@ class Campaign:
         for ranks in (1, 2):
             alone = ranks == 1
             trainings = {n: s for n, s in TRAININGS.items() if not (alone and (n in LONG or n in OWN_FILES))} | (
-                ON_ONE_RANK if alone else {}
+                ON_ONE_RANK if alone else ON_TWO_RANKS
             )
             whole = [self._launch(f"whole_{ranks}", ranks, trainings, self._calls(f"whole_{ranks}", ranks))]
             resumed = self._resumed(RESUMED[ranks], ranks)
@@ -165,13 +178,16 @@ class Campaign:
         self,
         name: str,
         ranks: int,
-        trainings: dict[str, dict[str, Any]],
+        trainings: Mapping[str, dict[str, Any] | Call],
         calls: dict[str, Call],
         after: Sequence[Launch] = (),
     ) -> Launch:
         folder = self.root / name
         work: dict[str, Words | Call] = {**calls}
         for training, settings in trainings.items():
+            if isinstance(settings, Call):
+                work[training] = settings
+                continue
             run = self.runs[training, ranks] = Run(folder / training, {**self.data.settings, **settings})
             work[training] = run.words()
         launch = Launch(folder, ranks, work, after)

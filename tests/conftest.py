@@ -54,7 +54,10 @@ def environment() -> dict[str, str]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     # One thread: the models are so small that threads would mostly wait for each other.
     quiet = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore::FutureWarning"}
-    return {**os.environ, "PATH": path, **quiet}
+    # Of a training in this very process.
+    ours = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    kept = {name: value for name, value in os.environ.items() if name not in ours}
+    return {**kept, "PATH": path, **quiet}
 
 
 # A machine may be busy with other things: nothing is called hung before this many seconds.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -198,3 +199,8 @@ def _fp16_on_cpu(wanted: bool) -> Iterator[None]:
         accelerator.supported_dtypes = originals["supported_dtypes"]
         del accelerator.is_fp16_supported
         deepspeed_engine.unsupported_here = unsupported
+
+
+def limit_files(size: int = resource.RLIM_INFINITY) -> None:
+    """Let no file of this process become larger, as on a disk that is full."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))

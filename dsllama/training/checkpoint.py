@@ -236,26 +236,46 @@ def save(
     attachments: dict[str, str],
     pinned: state.Pinned,
     form: str = "portable",
+    needed: int = 0,
 ) -> Checkpoint:
     """Write and publish `folder`/update_N. Collective.
 
-    manifest: what the caller knows (tokens, loss, data position, parallel_layout ...). attachments: name -> text of
-    small files that lie beside the engine's. pinned: whose loss is to come out again at a load. form: "portable", or
-    "deepspeed" for what the engine itself writes.
-    Raises OSError on every rank if any rank failed to write.
+    folder: exists; where it has vanished it is not made anew, perhaps on another disk. manifest: what the caller knows
+    (tokens, loss, data position, parallel_layout ...). attachments: name -> text of small files that lie beside the
+    engine's. pinned: whose loss is to come out again at a load. form: "portable", or "deepspeed" for what the engine
+    itself writes. needed: bytes that must be free.
+    Raises OSError on every rank if any rank failed to write; nothing that was published before is touched then.
     """
     final = folder / f"update_{update:07d}"
     aside = folder / f".writing-{final.name}"
     with _all_or_none(world):
         if world.is_main:
             shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-    manifest = {**manifest, "state": form}
-    if form == "portable":
+            _insist_on_space(folder, needed)
+            aside.mkdir()
+    try:
+        return _save(aside, final, world, engine, {**manifest, "state": form, "update": update}, attachments, pinned)
+    except OSError:
+        if world.is_main:  # what is half written may be what fills the disk
+            shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def _save(
+    aside: Path,
+    final: Path,
+    world: World,
+    engine: Any,
+    manifest: dict[str, Any],
+    attachments: dict[str, str],
+    pinned: state.Pinned,
+) -> Checkpoint:
+    portable = manifest["state"] == "portable"
+    if portable:
         manifest |= state.description(engine, pinned)
     mine: dict[str, Any] = {}
     with _all_or_none(world):
-        if form == "portable":
+        if portable:
             mine |= state.save(engine, aside, random_state(world))
         else:
             deepspeed_engine.save(engine, aside)
@@ -270,7 +290,7 @@ def save(
     parts: list[dict[str, Any]] = [{}] * world.size
     dist.all_gather_object(parts, mine)
     files = {name: entry for part in parts for name, entry in part.items()}
-    content = {"format": FORMAT, "update": update, **manifest, "files": dict(sorted(files.items()))}
+    content = {"format": FORMAT, **manifest, "files": dict(sorted(files.items()))}
     content["digest"] = digest(content)
     with _all_or_none(world):
         if world.is_main:
@@ -278,8 +298,28 @@ def save(
             if final.exists():  # a damaged one of the same update: kept, under a name that nobody resumes from
                 final.rename(final.with_name(f"damaged-{final.name}-{time.time_ns()}"))
             _rename(aside, final)
-            _flush_folder(folder)
+            _flush_folder(final.parent)
     return Checkpoint(final, content)
+
+
+def expected_bytes(parameters: int, form: str) -> int:
+    """About what a checkpoint takes: weights and two moments in fp32, and in DeepSpeed's own files the model again."""
+    return parameters * (12 if form == "portable" else 16) + 2**20
+
+
+def space_problem(folder: Path, needed: int) -> str:
+    """What keeps a folder from taking so many bytes; empty where nothing does."""
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError:  # a file system that does not say
+        return ""
+    return f"has {readable(free)}B free, and a checkpoint takes {readable(needed)}B" if free < needed else ""
+
+
+def _insist_on_space(folder: Path, needed: int) -> None:
+    problem = space_problem(folder, needed)
+    if problem:
+        raise OSError(errno.ENOSPC, f"{folder} {problem}")
 
 
 def load(checkpoint: Checkpoint, world: World, engine: Any, pinned: state.Pinned, precision: str) -> None:

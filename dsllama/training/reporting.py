@@ -9,7 +9,6 @@ run nor one beside it is drawn into the same curve; a resumed run goes on in the
 from __future__ import annotations
 
 import csv
-import fcntl
 import math
 import os
 import re
@@ -17,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import accumulate
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from dsllama.errors import Problem, UserError, remedy_for
 from dsllama.scheduler import SCHEDULES, Scheduler, learning_rate
@@ -123,23 +122,6 @@ class Report:
         """Flush and close the files."""
         self._file.close()
         self._events.close()
-
-
-def claim(log_file: Path) -> IO[str]:
-    """Hold a log file for this process until the result is closed.
-
-    Raises UserError where another process holds it: two runs would write their rows in between each other's.
-    """
-    file = log_file.with_name(f".{log_file.name}.lock").open("a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        rule = "is being written by another run"
-        raise UserError(Problem("log_file", rule, "give this run another --log_file", str(log_file))) from None
-    except OSError:  # a file system without locks: nothing can be known there
-        pass
-    return file
 
 
 def events_folder(tensorboard_dir: Path, log_file: Path, resumed: bool) -> Path:

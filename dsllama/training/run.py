@@ -20,15 +20,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsllama import arguments, console
+from dsllama.checkpoint.retention import LOCK, tidy
 from dsllama.config import TrainingConfig
 from dsllama.data.loader import DatasetLoader
 from dsllama.data.manifest import Manifest
 from dsllama.data.stream import TokenStream
 from dsllama.data.tokenizer import Tokenizer
 from dsllama.errors import EXIT_USER_ERROR, Problem, UserError, of_system, remedy_for
+from dsllama.locks import Hold, hold
 from dsllama.machine import versions
 from dsllama.sizes import readable, readable_duration
-from dsllama.training.reporting import claim, log_problem
+from dsllama.training.reporting import log_problem
 from dsllama.training.stopping import EXIT_STOPPED
 
 if TYPE_CHECKING:  # importing it for real takes seconds, which a mistake should not cost
@@ -50,22 +52,43 @@ def main(argv: Sequence[str]) -> int:
     # Other packages' own words only from warnings upward: distutils, for one, prints its compiler commands.
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     logging.getLogger("dsllama").setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    holds = Holds()
     try:
-        config = _parse(argv)
-        job = prepare(config, rank, world_size)
+        job = prepare(_parse(argv), rank, world_size, holds)
+        return _train(job, rank, world_size, holds)
     except UserError as error:
         return _complain(str(error), rank, EXIT_USER_ERROR)
-    try:
-        held = claim(Path(config.log_file)) if rank == 0 else None
-    except OSError as error:
-        return _complain(str(UserError(of_system(error))), rank, EXIT_USER_ERROR)
-    except UserError as error:
-        return _complain(str(error), rank, EXIT_USER_ERROR)
-    with held or contextlib.nullcontext():
-        return _train(job, rank, world_size)
+    finally:
+        holds.release()
 
 
-def _train(job: Job, rank: int, world_size: int) -> int:
+class Holds:
+    """What a run holds for itself alone, on the first rank: its log, and its checkpoints' folder."""
+
+    def __init__(self) -> None:
+        self.log: Hold | None = None
+        self.ckpt_dir: Hold | None = None
+
+    def take(self, config: TrainingConfig) -> list[Problem]:
+        """Take both; why that cannot be."""
+        problems: list[Problem] = []
+        log_file = Path(config.log_file)
+        with _collecting(problems):
+            other = "give this run another --log_file"
+            self.log = hold(log_file.with_name(f".{log_file.name}.lock"), "log_file", config.log_file, other)
+        with _collecting(problems):
+            other = "wait for that run, or give this one another --ckpt_dir"
+            self.ckpt_dir = hold(Path(config.ckpt_dir) / LOCK, "ckpt_dir", config.ckpt_dir, other)
+        return problems
+
+    def release(self) -> None:
+        """Let the next run have them."""
+        for each in (self.ckpt_dir, self.log):
+            if each is not None:
+                each.release()
+
+
+def _train(job: Job, rank: int, world_size: int, holds: Holds) -> int:
     # Only now: torch's distributed and DeepSpeed's engine take seconds to import.
     from dsllama.training import engine
     from dsllama.training.stopping import StopRequest
@@ -92,10 +115,12 @@ def _train(job: Job, rank: int, world_size: int) -> int:
         return 0
     if world.is_main:
         _announce(job)
+        for left in tidy(Path(job.config.ckpt_dir), logger.warning):
+            print(f"removed      {left}, which a save or a removal that was cut short had left", flush=True)
         note_start(Path(job.config.ckpt_dir), run_files(job))
     try:
         try:
-            trainer = Trainer(job, world, stop)
+            trainer = Trainer(job, world, stop, holds.ckpt_dir)
         except UserError as error:  # DeepSpeed's, or a damaged checkpoint: the same on every rank
             return _complain(str(error) if world.is_main else "", rank, EXIT_USER_ERROR)
         outcome = trainer.run()
@@ -150,8 +175,11 @@ def exit_process(code: int) -> None:
     os._exit(code)
 
 
-def prepare(config: TrainingConfig, rank: int, world_size: int) -> Job:
-    """Check everything that a run needs and open it. Raises one UserError with all that is wrong."""
+def prepare(config: TrainingConfig, rank: int, world_size: int, holds: Holds | None = None) -> Job:
+    """Check everything that a run needs and open it. Raises one UserError with all that is wrong.
+
+    holds: where the first rank keeps what it takes for the run alone; None takes nothing.
+    """
     from dsllama.checkpoint.catalog import open_checkpoint
     from dsllama.deepspeed_config import deepspeed_config
     from dsllama.derived import DEFAULT_VOCABULARY, derive
@@ -172,13 +200,19 @@ def prepare(config: TrainingConfig, rank: int, world_size: int) -> Job:
         problems += filter(None, [log_problem(Path(config.log_file))])
         folders = {"ckpt_dir": Path(config.ckpt_dir), "log_file": Path(config.log_file).parent}
         folders |= {"tensorboard_dir": Path(config.tensorboard_dir)} if config.tensorboard_dir else {}
-        problems += _unwritable(folders)
+        unwritable = _unwritable(folders)
+        problems += unwritable
+        if holds is not None and rank == 0 and not unwritable:
+            problems += holds.take(config)
     with _collecting(problems):
         resume_from = checkpoints.choose(config, logger.warning)
     with _collecting(problems):
         derived = derive(config, world_size, vocab_size)
         ds_json = deepspeed_config(config, derived, engine.accelerator())
         problems += engine.unsupported_here(config, ds_json)
+        needed = checkpoints.expected_bytes(derived.parameters, config.checkpoint_format)
+        if lacking := checkpoints.space_problem(Path(config.ckpt_dir), needed):
+            problems.append(Problem("ckpt_dir", lacking, "free some space, or give another place", config.ckpt_dir))
     if resume_from is not None and data is not None:
         with _collecting(problems):
             data[0].load_state_dict(resume_from.manifest["data"])

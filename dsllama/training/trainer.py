@@ -24,11 +24,13 @@ import yaml
 
 from dsllama.checkpoint.catalog import Checkpoint, list_checkpoints, timestamp, update_of
 from dsllama.checkpoint.fragments import DamagedFile
+from dsllama.checkpoint.retention import Policy, Retention
 from dsllama.config import TrainingConfig
 from dsllama.data.loader import DatasetLoader
 from dsllama.data.tokenizer import Tokenizer
 from dsllama.derived import Derived
 from dsllama.errors import Problem, UserError
+from dsllama.locks import Hold
 from dsllama.machine import peak_memory_gib, peak_tflops, versions
 from dsllama.model import IGNORE_INDEX, LLaMaTransformer
 from dsllama.sizes import readable_duration
@@ -104,8 +106,9 @@ class Streak:
 class Trainer:
     """One rank's part of a run."""
 
-    def __init__(self, job: Job, world: World, stop: StopRequest) -> None:
-        self.job, self.world, self.stop = job, world, stop
+    def __init__(self, job: Job, world: World, stop: StopRequest, hold: Hold | None = None) -> None:
+        """hold: the first rank's, on ckpt_dir."""
+        self.job, self.world, self.stop, self.hold = job, world, stop, hold
         self.config, self.derived, self.loader = job.config, job.derived, job.loader
         checkpoints.seed_everything(self.config.seed)
         self.engine, self.scheduler = deepspeed_engine.build(
@@ -123,6 +126,11 @@ class Trainer:
         elif job.init_from is not None:
             self._begin_with(job.init_from)
         self.first_update = self.update + 1
+        self.retention: Retention | None = None
+        if world.is_main and self.config.keep_last is not None:
+            c = self.config
+            policy = Policy(self.config.keep_last, c.keep_every, c.keep_best, c.keep_weights)
+            self.retention = Retention(policy, Path(c.ckpt_dir), logger.warning, self.update)
         self.skips = self.skips_before = deepspeed_engine.skips(self.engine)
         # The textbook's engine reports no norm for fp32 at stage 0; there it is taken from the gradients themselves.
         self.norm_from_gradients = self.config.precision == "fp32" and job.parallel_layout["zero_stage"] == 0
@@ -146,18 +154,21 @@ class Trainer:
                 self.learning_rate = self.scheduler.get_current_lr()
                 loss, grad_norm, somebody_stops = self.train_one_update()
                 self._insist_on_finite(loss, grad_norm)
-                validation = self._evaluate() if self._every(config.eval_interval) and self.job.validation else None
+                stopped_by = self.stop.signal_name or "another rank" if somebody_stops else ""
+                save_is_due |= self._crosses(config.token_ckpt)
+                last = bool(stopped_by) or self.update == updates
+                # A checkpoint amid skipped updates could only be worth less than the next one.
+                saves = last or (save_is_due and not self.streak.skipped)
+                evaluates = self._every(config.eval_interval) or (saves and config.keep_best and not stopped_by)
+                validation = self._evaluate() if evaluates and self.job.validation else None
                 if self._every(config.log_interval) or self.update in (self.first_update, updates) or validation:
                     self._log(loss, grad_norm, validation)
                 if config.sample_prompts and is_sample_update(self.update, config):
                     self._sample()
-                stopped_by = self.stop.signal_name or "another rank" if somebody_stops else ""
                 if self.update == updates and not self._applied():
                     self._give_up(f"{self._place(self.first_update)}: each was skipped, so nothing has been trained")
-                save_is_due |= self._crosses(config.token_ckpt)
-                # A checkpoint amid skipped updates could only be worth less than the next one.
-                if stopped_by or self.update == updates or (save_is_due and not self.streak.skipped):
-                    self._save(loss)
+                if saves:
+                    self._save(loss, validation, last)
                     save_is_due = False
         return Outcome(
             update=self.update,
@@ -295,13 +306,19 @@ class Trainer:
         dist.broadcast(choice, 0)
         return int(choice)
 
-    def _save(self, loss: float) -> None:
+    def _save(self, loss: float, validation: float | None, last: bool) -> None:
+        """Save and publish. last: there will be no other one, so a failure cannot be left to that."""
         config = self.config
         if not deepspeed_engine.weights_are_finite(self.engine):
             self._give_up(f"the weights are not finite after {self._place(self.update)}. They were not saved")
+        taken_by = self.world.tell(self.hold.taken_by() if self.hold is not None else "")
+        if taken_by:
+            rule = "was taken by another run, which thought that this one was dead"
+            raise TrainingFailed(f"ckpt_dir = {config.ckpt_dir!r} {rule}: {taken_by}. Nothing of it was touched.")
         manifest = {
             "tokens": self.tokens,
             "loss": loss,
+            "validation_loss": validation,
             "saved_at": timestamp(),
             "data": self.loader.state_dict(),
             "parallel_layout": self.job.parallel_layout,
@@ -324,16 +341,29 @@ class Trainer:
                     attachments,
                     self.loader.first_sequence(),
                     config.checkpoint_format,
+                    checkpoints.expected_bytes(self.derived.parameters, config.checkpoint_format),
                 )
             except OSError as error:
-                raise TrainingFailed(
-                    f"the checkpoint of update {self.update} could not be written: {error}. " + self._last_good()
-                ) from None
+                self._notice_failed_save(str(error), last)
+                return
         if self.report is not None:
-            size = sum(entry["bytes"] for entry in self.last_checkpoint.manifest["files"].values())
             with self.clock.paused():
                 self.report.plot(self._tokens_saved())
+            size = self.last_checkpoint.bytes
             print(f"saved {self.last_checkpoint.path} ({size / 2**20:.0f} MiB in {clock.seconds:.1f} s)", flush=True)
+        if self.retention is not None:
+            with self.clock.paused():
+                gone = self.retention.apply(self.last_checkpoint)
+            what = "only weights left of" if config.keep_weights else "removed"
+            if gone:
+                print(f"{what} {', '.join(c.path.name for c in gone)} (keep_last {config.keep_last})", flush=True)
+
+    def _notice_failed_save(self, why: str, last: bool) -> None:
+        told = f"the checkpoint of update {self.update} could not be written: {why}. {self._last_good()}"
+        if last or self.config.on_failed_save == "stop":
+            raise TrainingFailed(told)
+        if self.world.is_main:
+            print(f"not saved    {told} The run goes on to the next one.", flush=True)
 
     def _tokens_saved(self) -> list[int]:
         """Where there is a checkpoint, in tokens."""

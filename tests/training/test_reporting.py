@@ -13,11 +13,10 @@ import yaml
 from dsllama.checkpoint.catalog import list_checkpoints
 from dsllama.errors import UserError
 from dsllama.files import write_own
-from dsllama.training.reporting import claim, events_folder
-from dsllama.training.run import main as train
+from dsllama.training.reporting import events_folder
 from dsllama.training.run import note_start
 from tests.campaign import UPDATES, Campaign
-from tests.conftest import Run, TinyData, one_clear_screen, starts_processes
+from tests.conftest import TinyData, starts_processes
 
 pytestmark = starts_processes
 
@@ -97,14 +96,6 @@ def test_rows_that_are_none_are_moved_aside_with_those_that_a_resumed_run_makes_
     assert [kept["update"] for kept in read_log(log)] == ["1", "3"]
     aside = log.with_name("log.csv.superseded").read_text().splitlines()
     assert [line.split(",")[0] for line in aside] == ["update", "two", "4"]
-
-
-def test_two_runs_do_not_write_one_log(tiny_data: TinyData, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = Run(tmp_path, tiny_data.settings)
-    with claim(tmp_path / "log.csv"):
-        assert train(run.words()) == 2
-    assert "is being written by another run" in one_clear_screen(capsys.readouterr())
-    claim(tmp_path / "log.csv").close()  # free again
 
 
 def test_a_run_keeps_the_tokenizer_that_it_began_with(campaign: Campaign, tiny_data: TinyData) -> None:

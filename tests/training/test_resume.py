@@ -14,6 +14,7 @@ import torch
 
 from dsllama.checkpoint.catalog import list_checkpoints, open_checkpoint
 from dsllama.inference import load_model
+from dsllama.training import engine as deepspeed_engine
 from dsllama.training.run import main as train
 from tests.campaign import BEGUN_WITH, HALF, OWN_FILES, RESUMED, RESUMED_LONG, UPDATES, Campaign, flip, halfway
 from tests.conftest import Run, one_clear_screen, starts_processes
@@ -128,6 +129,53 @@ def test_a_rank_that_cannot_copy_deepspeeds_script_leaves_nobody_waiting(campaig
     first, *others = campaign.ended("unwritable_script", ranks).values
     assert "zero_to_fp32.py" in first
     assert others == [""] * (ranks - 1)
+
+
+@pytest.mark.parametrize("name", ["full_disk", "full_disk_stops", "full_disk_own_files"])
+def test_a_disk_that_takes_no_checkpoint_ends_every_rank_and_loses_nothing(campaign: Campaign, name: str) -> None:
+    ended, folder = campaign.ended(name, 2), campaign.runs[name, 2].folder / "checkpoints"
+    assert ended.code == 1
+    failed = 10 if name == "full_disk_stops" else UPDATES
+    assert f"training stopped: the checkpoint of update {failed} could not be written: rank 0: " in ended.complained
+    assert ("not saved    the checkpoint of update 10" in ended.said) == (failed == UPDATES)
+    assert f"{failed}/{UPDATES}" in ended.said and f"{failed + 1}/{UPDATES}" not in ended.said
+    assert list_checkpoints(folder) == [] and list(folder.glob(".writing*")) == []
+
+
+def test_a_save_that_fails_is_made_up_for_by_the_next(campaign: Campaign, tmp_path: Path, capsys) -> None:
+    run = Run(tmp_path / "run", campaign.run("fp32_stage1").settings)
+    (run.folder / "checkpoints").mkdir(parents=True)
+    (run.folder / "checkpoints" / ".writing-update_0000010").write_text("a file where a folder is needed")
+    assert train(run.words()) == 0
+    assert "not saved    the checkpoint of update 10 could not be written: rank 0: " in capsys.readouterr().out
+    assert list_checkpoints(run.folder / "checkpoints") == [run.checkpoint(20)]
+    assert run.losses() == campaign.losses("fp32_stage1")
+
+
+def test_a_folder_that_vanishes_is_not_made_anew(campaign: Campaign, tmp_path: Path, capsys, monkeypatch) -> None:
+    run = Run(tmp_path / "run", campaign.run("fp32_stage1").settings)
+    weights_are_finite = deepspeed_engine.weights_are_finite
+
+    def vanish(engine: Any) -> bool:
+        shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
+        return weights_are_finite(engine)
+
+    monkeypatch.setattr(deepspeed_engine, "weights_are_finite", vanish)
+    assert train(run.words()) == 1
+    printed = capsys.readouterr()
+    assert "not saved    the checkpoint of update 10 could not be written" in printed.out
+    assert "training stopped: the checkpoint of update 20 could not be written" in printed.err
+    assert not (run.folder / "checkpoints").exists()
+
+
+def test_a_disk_without_room_for_one_checkpoint_is_refused_beforehand(
+    campaign: Campaign, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    free = shutil.disk_usage(tmp_path)._replace(free=2**20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    run = Run(tmp_path / "run", campaign.run("fp32_stage1").settings)
+    assert train(run.words()) == 2
+    assert "has 1.05MB free, and a checkpoint takes 1." in one_clear_screen(capsys.readouterr())
 
 
 def damaged(update: int, how: str) -> Callable[[Run], None]:

@@ -1,0 +1,165 @@
+"""One run at a time: who holds a folder or a file, and whether that run still exists.
+
+A lock file holds its owner's name and is locked (flock) as long as the owner lives: among the processes of one machine
+the kernel says who is alive, and forgets the dead. Between machines flock may not reach (some mounts of NFS and
+Lustre). So the owner also counts up in the file, every few seconds; whoever comes upon the name of another machine's
+process that was not taken out again watches the count, and takes the lock only if it stands still. No clocks are
+compared. A run that was taken for dead and wakes up finds another name in the file, and must not publish anything then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dsllama.errors import Problem, UserError, of_system
+from dsllama.sizes import readable_duration
+
+# The owner counts this often; a count that stands still for so long belongs to a dead process.
+_BEAT_SECONDS, _WATCH_SECONDS = 5.0, 30.0
+
+
+class Hold:
+    """A lock file that this process holds until `release`, or its end."""
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self.path, self._descriptor = path, descriptor
+        self._owner = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "machine": _machine(),
+            "since": time.time(),
+            "token": uuid.uuid4().hex,
+        }
+        self._ended = threading.Event()
+        self._write(0)
+        self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Hold:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Let the next one have it."""
+        self._ended.set()
+        self._thread.join(_BEAT_SECONDS)
+        if not self.taken_by():
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._descriptor, 0)
+        os.close(self._descriptor)
+
+    def taken_by(self) -> str:
+        """Who has taken it since, because this process seemed to be dead; empty where nobody has."""
+        owner = _owner(self.path)
+        return "" if owner is None or owner["token"] == self._owner["token"] else _described(owner)
+
+    def _beat(self) -> None:
+        count = 0
+        while not self._ended.wait(_BEAT_SECONDS):
+            count += 1
+            with contextlib.suppress(OSError):  # a disk that is full or gone: whoever saves will say so
+                if self.taken_by():
+                    return
+                self._write(count)
+
+    def _write(self, count: int) -> None:
+        content = json.dumps({**self._owner, "count": count}).encode()
+        os.pwrite(self._descriptor, content + b"\n", 0)
+        os.fsync(self._descriptor)
+
+
+def hold(path: Path, where: str, value: str, remedy: str) -> Hold:
+    """Take a lock file. where, value: the field that it stands for, for the message.
+
+    Raises UserError that names the owner, where there is one that lives. Watches for half a minute where only that
+    can tell.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise UserError(of_system(error)) from None
+    try:
+        owner, alive = _owner(path), False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            alive = True
+        except OSError:  # a file system without locks
+            alive = owner is not None and _still_counts(path, owner)
+        else:
+            # On this machine the lock would have said it.
+            alive = owner is not None and owner["machine"] != _machine() and _still_counts(path, owner)
+        if alive:
+            rule = "is in use by another run" + (f": {_described(owner)}" if owner else "")
+            raise UserError(Problem(where, rule, remedy, value or None))
+        os.ftruncate(descriptor, 0)
+        return Hold(path, descriptor)
+    except OSError as error:
+        os.close(descriptor)
+        raise UserError(of_system(error) if error.filename else Problem(where, str(error), remedy, value)) from None
+    except UserError:
+        os.close(descriptor)
+        raise
+
+
+def _still_counts(path: Path, owner: dict[str, Any]) -> bool:
+    """Watch whether a lock file's owner counts up. Nobody else may be asked: it is another machine's."""
+    print(
+        f"{path} is held by {_described(owner)}; looking for {_WATCH_SECONDS:.0f} s whether that run still exists",
+        file=sys.stderr,
+        flush=True,
+    )
+    for _ in _ticks(_WATCH_SECONDS, 0.5):
+        now = _owner(path)
+        if now is None:
+            return False
+        if (now["token"], now["count"]) != (owner["token"], owner["count"]):
+            return True
+    return False
+
+
+def _ticks(seconds: float, interval: float) -> Iterator[None]:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(interval)
+        yield
+
+
+def _owner(path: Path) -> dict[str, Any] | None:
+    """Whom a lock file names; None where it names nobody. It is opened anew: NFS looks at the server only then."""
+    for _ in range(3):
+        try:
+            text = path.read_text(encoding="utf-8")
+            owner = json.loads(text) if text else {}
+            return owner if {"host", "pid", "machine", "since", "token", "count"} <= owner.keys() else None
+        except ValueError:
+            time.sleep(0.1)  # it may be about to be written
+        except (OSError, AttributeError):
+            break
+    return None
+
+
+def _described(owner: dict[str, Any]) -> str:
+    age = readable_duration(max(0.0, time.time() - float(owner["since"])))
+    return f"process {owner['pid']} on {owner['host']}, for {age}"
+
+
+def _machine() -> str:
+    """This running kernel: containers of one machine share it, a machine that has booted again is another one."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return socket.gethostname()
