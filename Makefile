@@ -30,6 +30,7 @@ bench: $(VENV)/.test  ## what it costs, beside what a user would pick instead; r
 	$(BIN)/python -m benchmarks.encode
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.sums
+	$(BIN)/python -m benchmarks.checkpoint
 
 install: $(VENV)/.installed
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import resource
@@ -65,6 +66,22 @@ def peak_memory_gib(device: torch.device) -> float:
 def usable_cores() -> int:
     """Cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory_limit() -> float:
+    """Bytes that this process's control group may still take; infinite where nothing limits it."""
+    for folder, names in (
+        (Path("/sys/fs/cgroup"), ("memory.max", "memory.current", "inactive_file")),
+        (Path("/sys/fs/cgroup/memory"), ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")),
+    ):
+        try:
+            limit, used = (int((folder / name).read_text(encoding="ascii")) for name in names[:2])
+            statistics = (folder / "memory.stat").read_text(encoding="ascii").split()
+            cached = int(statistics[statistics.index(names[2]) + 1])  # given back when it is needed
+        except (OSError, ValueError):
+            continue
+        return float(limit - used + cached)
+    return math.inf
 
 
 def versions() -> dict[str, str]:

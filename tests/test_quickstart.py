@@ -29,7 +29,7 @@ def test_quickstart_is_interrupted_goes_on_and_knows_when_it_is_done(tmp_path: P
         "max_seq_len=64",
         "batch_size=4",
         "tokens_per_update=512",
-        "training_tokens=50K",
+        "training_tokens=35K",
         "max_lr=0.02",
         "warmup_iterations=5",
         "sample_tokens=8",

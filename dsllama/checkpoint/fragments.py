@@ -31,6 +31,7 @@ KINDS = ("weight", "exp_avg", "exp_avg_sq")
 MOMENTS = KINDS[1:]
 TABLE = "__blocks__"
 _DIGEST = 32
+_BLOCKS_AHEAD = 8
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Writer:
         self._file.close()
 
     def add(self, data: Tensor) -> None:
-        """The next fragment's elements, fp32 on any device."""
+        """The next fragment's elements, fp32 on any device; or several fragments' as bytes, without a further copy."""
         self._blocks.add(data)
 
     def finish(self) -> dict[str, Any]:
@@ -125,27 +126,36 @@ class _Blocks:
     def __init__(self, descriptor: int) -> None:
         self.descriptor, self.digests = descriptor, bytearray()
         self.buffer, self.filled = torch.empty(BLOCK, dtype=torch.uint8), 0
+        self.written = 0
 
     def add(self, tensor: Tensor) -> None:
         data = tensor.detach().contiguous().view(-1).view(torch.uint8)
         while data.numel():
+            if not self.filled and data.numel() >= BLOCK and data.device.type == "cpu":
+                self._flush(data[:BLOCK])
+                data = data[BLOCK:]
+                continue
             part = data[: BLOCK - self.filled]
             self.buffer[self.filled : self.filled + part.numel()].copy_(part)  # from a GPU too
             self.filled += part.numel()
             data = data[part.numel() :]
             if self.filled == BLOCK:
-                self._flush()
+                self._flush(self.buffer)
 
     def end(self) -> bytes:
         if self.filled:
-            self._flush()
+            self._flush(self.buffer[: self.filled])
         return bytes(self.digests)
 
-    def _flush(self) -> None:
-        view = memoryview(self.buffer.numpy())[: self.filled]
+    def _flush(self, block: Tensor) -> None:
+        view = memoryview(block.numpy())
         self.digests += hashlib.sha256(view).digest()
         write_all(self.descriptor, view)
         self.filled = 0
+        self.written += 1
+        if self.written % _BLOCKS_AHEAD == 0 and hasattr(os, "posix_fadvise"):
+            # The disk begins at once, while the next blocks are hashed; what it has leaves the page cache to others.
+            os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def write_all(descriptor: int, data: bytes | memoryview) -> None:

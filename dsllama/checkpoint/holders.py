@@ -102,11 +102,16 @@ def _cuts(parameters: list[Tensor], flat: Tensor, low: int, size: int, names: di
             yield Piece(names[parameter], tuple(parameter.shape), first - at, last - first, first - low)
 
 
+def on_nvme(engine: Any, holder: Holder) -> bool:
+    """Whether a holder's tensors lie on NVMe between the updates."""
+    return _kind(engine) == _STAGE_3 and engine.optimizer._swappable_optimizer_subgroup(holder.group)
+
+
 @contextlib.contextmanager
 def resident(engine: Any, holder: Holder, changed: bool = False) -> Iterator[Holder]:
     """The holder with its tensors in memory (ZeRO-3 may keep them on NVMe); `changed` writes them back at the end."""
     optimizer = engine.optimizer
-    if _kind(engine) != _STAGE_3 or not optimizer._swappable_optimizer_subgroup(holder.group):
+    if not on_nvme(engine, holder):
         yield holder
         return
     optimizer._optimizer_states_and_gradient_swap_in(holder.group)
@@ -160,7 +165,7 @@ def loading(engine: Any) -> Iterator[None]:
     yield
     if kind == _STAGE_3:
         for holder in holders(engine):
-            if not optimizer._swappable_optimizer_subgroup(holder.group):
+            if not on_nvme(engine, holder):
                 optimizer._reassign_or_swap_out_partitioned_parameters(holder.group)
         optimizer.checkpoint_event_epilogue()  # gathers the persistent ones
     elif kind in _FLAT:

@@ -1,4 +1,4 @@
-"""A run's checkpoints: which one it goes on from, and how all ranks write and take up one.
+"""A run's checkpoints: which one it goes on from, and how all ranks take it up. Saving is next door.
 
 Every function that is called collective must be called by all ranks, and ends on all of them alike: a rank that left
 alone would leave the others waiting.
@@ -6,36 +6,25 @@ alone would leave the others waiting.
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import json
-import os
-import shutil
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from dsllama.checkpoint import state
 from dsllama.checkpoint.catalog import (
-    FORMAT,
-    MANIFEST,
     Checkpoint,
-    digest,
     holds_checkpoints,
     list_checkpoints,
     newest_whole,
     open_checkpoint,
     update_of,
 )
-from dsllama.checkpoint.fragments import Source, optimizer_file, weights_file
+from dsllama.checkpoint.fragments import Source
 from dsllama.config import TrainingConfig
 from dsllama.data.tokenizer import Tokenizer
 from dsllama.errors import Problem, UserError
-from dsllama.files import sha256, write_atomically
 from dsllama.sizes import readable
 from dsllama.training import engine as deepspeed_engine
 from dsllama.training.engine import World
@@ -224,102 +213,7 @@ def resumption_lines(checkpoint: Checkpoint, config: TrainingConfig, parallel_la
     return [*lines, f"topology     {change}"] if change else lines
 
 
-# ---------------------------------------------------------------- saving and loading
-
-
-def save(
-    folder: Path,
-    world: World,
-    engine: Any,
-    update: int,
-    manifest: dict[str, Any],
-    attachments: dict[str, str],
-    pinned: state.Pinned,
-    form: str = "portable",
-    needed: int = 0,
-) -> Checkpoint:
-    """Write and publish `folder`/update_N. Collective.
-
-    folder: exists; where it has vanished it is not made anew, perhaps on another disk. manifest: what the caller knows
-    (tokens, loss, data position, parallel_layout ...). attachments: name -> text of small files that lie beside the
-    engine's. pinned: whose loss is to come out again at a load. form: "portable", or "deepspeed" for what the engine
-    itself writes. needed: bytes that must be free.
-    Raises OSError on every rank if any rank failed to write; nothing that was published before is touched then.
-    """
-    final = folder / f"update_{update:07d}"
-    aside = folder / f".writing-{final.name}"
-    with _all_or_none(world):
-        if world.is_main:
-            shutil.rmtree(aside, ignore_errors=True)
-            _insist_on_space(folder, needed)
-            aside.mkdir()
-    try:
-        return _save(aside, final, world, engine, {**manifest, "state": form, "update": update}, attachments, pinned)
-    except OSError:
-        if world.is_main:  # what is half written may be what fills the disk
-            shutil.rmtree(aside, ignore_errors=True)
-        raise
-
-
-def _save(
-    aside: Path,
-    final: Path,
-    world: World,
-    engine: Any,
-    manifest: dict[str, Any],
-    attachments: dict[str, str],
-    pinned: state.Pinned,
-) -> Checkpoint:
-    portable = manifest["state"] == "portable"
-    if portable:
-        manifest |= state.description(engine, pinned)
-    mine: dict[str, Any] = {}
-    with _all_or_none(world):
-        if portable:
-            mine |= state.save(engine, aside, random_state(world))
-        else:
-            deepspeed_engine.save(engine, aside)
-            torch.save(random_state(world), aside / f"random_rank_{world.rank}.pt")
-        if world.is_main:
-            for name, text in attachments.items():
-                (aside / name).write_text(text, encoding="utf-8")
-    with _all_or_none(world):
-        written = {name(rank) for rank in range(world.size) for name in (weights_file, optimizer_file)}
-        names = sorted({str(p.relative_to(aside)) for p in aside.rglob("*") if p.is_file()} - written)
-        mine |= {name: _describe(aside / name) for name in names[world.rank :: world.size]}
-    parts: list[dict[str, Any]] = [{}] * world.size
-    dist.all_gather_object(parts, mine)
-    files = {name: entry for part in parts for name, entry in part.items()}
-    content = {"format": FORMAT, **manifest, "files": dict(sorted(files.items()))}
-    content["digest"] = digest(content)
-    with _all_or_none(world):
-        if world.is_main:
-            write_atomically(aside / MANIFEST, json.dumps(content, indent=1))
-            if final.exists():  # a damaged one of the same update: kept, under a name that nobody resumes from
-                final.rename(final.with_name(f"damaged-{final.name}-{time.time_ns()}"))
-            _rename(aside, final)
-            _flush_folder(final.parent)
-    return Checkpoint(final, content)
-
-
-def expected_bytes(parameters: int, form: str) -> int:
-    """About what a checkpoint takes: weights and two moments in fp32, and in DeepSpeed's own files the model again."""
-    return parameters * (12 if form == "portable" else 16) + 2**20
-
-
-def space_problem(folder: Path, needed: int) -> str:
-    """What keeps a folder from taking so many bytes; empty where nothing does."""
-    try:
-        free = shutil.disk_usage(folder).free
-    except OSError:  # a file system that does not say
-        return ""
-    return f"has {readable(free)}B free, and a checkpoint takes {readable(needed)}B" if free < needed else ""
-
-
-def _insist_on_space(folder: Path, needed: int) -> None:
-    problem = space_problem(folder, needed)
-    if problem:
-        raise OSError(errno.ENOSPC, f"{folder} {problem}")
+# ---------------------------------------------------------------- loading
 
 
 def load(checkpoint: Checkpoint, world: World, engine: Any, pinned: state.Pinned, precision: str) -> None:
@@ -388,52 +282,3 @@ def restore_random_state(saved: dict[str, torch.Tensor], world: World) -> None:
 def seed_everything(seed: int) -> None:
     """The same start on every rank: weights drawn on any rank are the same weights."""
     torch.manual_seed(seed)
-
-
-# ---------------------------------------------------------------- files
-
-
-def _describe(file: Path) -> dict[str, Any]:
-    """Size and checksum of a file that has just been written, once the disk really has it."""
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())
-    return {"bytes": file.stat().st_size, "sha256": sha256(file)}
-
-
-def _rename(aside: Path, final: Path) -> None:
-    try:
-        aside.rename(final)
-    except FileNotFoundError:
-        # NFS may repeat a request whose answer was lost, and then finds that it has been done.
-        if not (final / MANIFEST).exists():
-            raise
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in _REFUSALS:
-            raise
-    finally:
-        os.close(descriptor)
-
-
-# How file systems say that they have no fsync for folders; those that need one have it.
-_REFUSALS = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.ENOSYS, errno.EACCES, errno.EPERM)
-
-
-@contextlib.contextmanager
-def _all_or_none(world: World) -> Iterator[None]:
-    """Raise OSError on every rank if writing failed on any: a rank that left alone would hang the others."""
-    failure = ""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:  # torch.save tells of a full disk with a RuntimeError
-        failure = f"rank {world.rank}: {' '.join(str(error).split())[:300]}"
-    failures: list[str] = [""] * world.size
-    dist.all_gather_object(failures, failure)
-    text = "; ".join(filter(None, failures))
-    if text:
-        raise OSError(text)

@@ -41,6 +41,10 @@ class Row:
     memory_gib: float | None = None
     validation_loss: float | None = None
     skipped_updates: int = 0
+    # Of the saves that were published since the last row: for how long training stood still, all of it, and the rate.
+    save_stall: float | None = None
+    save_seconds: float | None = None
+    save_mb_per_second: float | None = None
 
     def line(self, updates: int, eta_seconds: float) -> str:
         """The row as the console shows it."""
@@ -100,6 +104,9 @@ class Report:
             "memory_gib": row.memory_gib,
             "validation_loss": row.validation_loss,
             "skipped_updates": row.skipped_updates,
+            "save_stall": row.save_stall,
+            "save_seconds": row.save_seconds,
+            "save_mb_per_second": row.save_mb_per_second,
         }
         for name, value in scalars.items():
             if value is not None:

@@ -184,7 +184,7 @@ def prepare(config: TrainingConfig, rank: int, world_size: int, holds: Holds | N
     from dsllama.deepspeed_config import deepspeed_config
     from dsllama.derived import DEFAULT_VOCABULARY, derive
     from dsllama.training import checkpoint as checkpoints
-    from dsllama.training import engine
+    from dsllama.training import engine, saving
     from dsllama.training.trainer import Job, parallel_layout
 
     problems: list[Problem] = []
@@ -210,8 +210,8 @@ def prepare(config: TrainingConfig, rank: int, world_size: int, holds: Holds | N
         derived = derive(config, world_size, vocab_size)
         ds_json = deepspeed_config(config, derived, engine.accelerator())
         problems += engine.unsupported_here(config, ds_json)
-        needed = checkpoints.expected_bytes(derived.parameters, config.checkpoint_format)
-        if lacking := checkpoints.space_problem(Path(config.ckpt_dir), needed):
+        needed = saving.expected_bytes(derived.parameters, config.checkpoint_format)
+        if lacking := saving.space_problem(Path(config.ckpt_dir), needed):
             problems.append(Problem("ckpt_dir", lacking, "free some space, or give another place", config.ckpt_dir))
     if resume_from is not None and data is not None:
         with _collecting(problems):

@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import math
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -38,6 +39,7 @@ from dsllama.training import checkpoint as checkpoints
 from dsllama.training import engine as deepspeed_engine
 from dsllama.training.engine import World
 from dsllama.training.reporting import Report, Row, perplexity
+from dsllama.training.saving import Saved, Saver, expected_bytes
 from dsllama.training.stopping import StopRequest
 
 logger = logging.getLogger("dsllama")
@@ -126,7 +128,12 @@ class Trainer:
         elif job.init_from is not None:
             self._begin_with(job.init_from)
         self.first_update = self.update + 1
+        self.saver = Saver(Path(self.config.ckpt_dir), world, self.engine, self.config.checkpoint_format)
+        self.saved: list[Saved] = []  # not yet in a row
+        if world.is_main and self.saver.foreground:
+            print(f"saves        while training stands still: {self.saver.foreground}", flush=True)
         self.retention: Retention | None = None
+        self.housekeeping: threading.Thread | None = None
         if world.is_main and self.config.keep_last is not None:
             c = self.config
             policy = Policy(self.config.keep_last, c.keep_every, c.keep_best, c.keep_weights)
@@ -138,6 +145,7 @@ class Trainer:
         self.peak_flops = peak * 1e12 * world.size if peak else None
         self.report: Report | None = None
         self.learning_rate = 0.0
+        self.all_have_written = False
 
     # ------------------------------------------------------------ the loop
 
@@ -153,6 +161,8 @@ class Trainer:
                 # The rate of this update: at its end DeepSpeed sets the next one.
                 self.learning_rate = self.scheduler.get_current_lr()
                 loss, grad_norm, somebody_stops = self.train_one_update()
+                if self.saver.busy and self.all_have_written:
+                    self._settle(last=False)
                 self._insist_on_finite(loss, grad_norm)
                 stopped_by = self.stop.signal_name or "another rank" if somebody_stops else ""
                 save_is_due |= self._crosses(config.token_ckpt)
@@ -161,15 +171,17 @@ class Trainer:
                 saves = last or (save_is_due and not self.streak.skipped)
                 evaluates = self._every(config.eval_interval) or (saves and config.keep_best and not stopped_by)
                 validation = self._evaluate() if evaluates and self.job.validation else None
-                if self._every(config.log_interval) or self.update in (self.first_update, updates) or validation:
-                    self._log(loss, grad_norm, validation)
-                if config.sample_prompts and is_sample_update(self.update, config):
-                    self._sample()
                 if self.update == updates and not self._applied():
                     self._give_up(f"{self._place(self.first_update)}: each was skipped, so nothing has been trained")
-                if saves:
-                    self._save(loss, validation, last)
-                    save_is_due = False
+                try:
+                    if saves:
+                        save_is_due = False
+                        self._save(loss, validation, last)
+                finally:
+                    if self._every(config.log_interval) or self.update in (self.first_update, updates) or validation:
+                        self._log(loss, grad_norm, validation)
+                if config.sample_prompts and is_sample_update(self.update, config):
+                    self._sample()
         return Outcome(
             update=self.update,
             tokens=self.tokens,
@@ -185,8 +197,9 @@ class Trainer:
         """One optimizer update: (mean loss over all ranks and micro-steps, gradient norm, does anyone want to stop)."""
         steps = self.derived.gradient_accumulation_steps
         grad_norm = None
-        # Sum of the losses, tokens that counted, stop requests: one all-reduce for all three.
-        sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)
+        # Sum of the losses, tokens that counted, stop requests, ranks whose part of a save is written, ranks that could
+        # not write it: one all-reduce for all.
+        sums = torch.zeros(5, dtype=torch.float64, device=self.world.device)
         for micro_step in range(1, steps + 1):
             x, y = self.loader.get_batch()
             loss = self.engine(x, y)
@@ -200,8 +213,10 @@ class Trainer:
                 self._say_when(self.clock.seconds, steps)
         sums[0] *= self.config.batch_size * self.config.max_seq_len  # the model divides by all positions
         sums[2] += bool(self.stop)
+        sums[3:] += torch.tensor(self.saver.progress(), device=sums.device)
         dist.all_reduce(sums)
-        total, counted, requests = sums.tolist()
+        total, counted, requests, written, failed = sums.tolist()
+        self.all_have_written = written + failed == self.world.size
         return (
             total / counted,
             grad_norm if self.norm_from_gradients else deepspeed_engine.gradient_norm(self.engine),
@@ -265,7 +280,9 @@ class Trainer:
             memory_gib=memory,
             validation_loss=validation,
             skipped_updates=self.engine.skipped_steps,
+            **_cost(self.saved),
         )
+        self.saved.clear()
         self.report.row(row, self.derived.updates, elapsed / done * (self.derived.updates - self.update))
 
     @torch.no_grad()
@@ -307,8 +324,8 @@ class Trainer:
         return int(choice)
 
     def _save(self, loss: float, validation: float | None, last: bool) -> None:
-        """Save and publish. last: there will be no other one, so a failure cannot be left to that."""
-        config = self.config
+        """Begin to save; wait until it is published where it is the `last` one, for which no other makes up."""
+        config, since = self.config, time.perf_counter()
         if not deepspeed_engine.weights_are_finite(self.engine):
             self._give_up(f"the weights are not finite after {self._place(self.update)}. They were not saved")
         taken_by = self.world.tell(self.hold.taken_by() if self.hold is not None else "")
@@ -330,36 +347,61 @@ class Trainer:
         }
         # The tokenizer that the run began with: the file may have been moved, or trained anew, since.
         attachments = {**run_files(self.job), "tokenizer.json": self.job.tokenizer.content}
-        with self.clock.paused() as clock:
+        needed = expected_bytes(self.derived.parameters, config.checkpoint_format)
+        if self.saver.busy:  # the disk is slower than the saves are frequent
+            self._settle(last=False)
+        with self.clock.paused():
             try:
-                self.last_checkpoint = checkpoints.save(
-                    Path(config.ckpt_dir),
-                    self.world,
-                    self.engine,
-                    self.update,
-                    manifest,
-                    attachments,
-                    self.loader.first_sequence(),
-                    config.checkpoint_format,
-                    checkpoints.expected_bytes(self.derived.parameters, config.checkpoint_format),
-                )
+                self.saver.begin(self.update, manifest, attachments, self.loader.first_sequence(), needed, since)
             except OSError as error:
-                self._notice_failed_save(str(error), last)
+                self._notice_failed_save(self.update, str(error), last)
                 return
-        if self.report is not None:
-            with self.clock.paused():
-                self.report.plot(self._tokens_saved())
-            size = self.last_checkpoint.bytes
-            print(f"saved {self.last_checkpoint.path} ({size / 2**20:.0f} MiB in {clock.seconds:.1f} s)", flush=True)
-        if self.retention is not None:
-            with self.clock.paused():
-                gone = self.retention.apply(self.last_checkpoint)
-            what = "only weights left of" if config.keep_weights else "removed"
-            if gone:
-                print(f"{what} {', '.join(c.path.name for c in gone)} (keep_last {config.keep_last})", flush=True)
+        if last or self.saver.foreground:
+            self._settle(last)
 
-    def _notice_failed_save(self, why: str, last: bool) -> None:
-        told = f"the checkpoint of update {self.update} could not be written: {why}. {self._last_good()}"
+    def _settle(self, last: bool) -> None:
+        """Publish the save under way, when all ranks have written; wait for them if they have not."""
+        update = self.saver.update
+        with self.clock.paused():
+            try:
+                saved = self.saver.settle()
+            except OSError as error:
+                self._notice_failed_save(update, str(error), last)
+                return
+        self.last_checkpoint = saved.checkpoint
+        self.saved.append(saved)
+        if self.report is None:
+            return
+        cost = f"{saved.checkpoint.bytes / 2**20:.0f} MiB in {saved.seconds:.1f} s"
+        if not self.saver.foreground:
+            cost += f", of which training stood still for {saved.stall:.2f} s"
+        print(f"saved {saved.checkpoint.path} ({cost}; {saved.megabytes_per_second:.0f} MB/s)", flush=True)
+        with self.clock.paused():
+            self._wait_for_housekeeping()
+        self.housekeeping = threading.Thread(target=self._keep_house, args=(saved.checkpoint,), daemon=True)
+        self.housekeeping.start()
+
+    def _wait_for_housekeeping(self) -> None:
+        if self.housekeeping is not None:
+            self.housekeeping.join()
+
+    def _keep_house(self, newest: Checkpoint) -> None:
+        """Draw the plot anew and remove old checkpoints; in a thread, since each may take seconds."""
+        assert self.report is not None
+        try:
+            self.report.plot(self._tokens_saved())
+        except OSError as error:
+            logger.warning(f"the plot could not be drawn: {error}")
+        if self.retention is None:
+            return
+        gone = self.retention.apply(newest)
+        what = "only weights left of" if self.config.keep_weights else "removed"
+        if gone:
+            names = ", ".join(checkpoint.path.name for checkpoint in gone)
+            print(f"{what} {names} (keep_last {self.config.keep_last})", flush=True)
+
+    def _notice_failed_save(self, update: int, why: str, last: bool) -> None:
+        told = f"the checkpoint of update {update} could not be written: {why}. {self._last_good()}"
         if last or self.config.on_failed_save == "stop":
             raise TrainingFailed(told)
         if self.world.is_main:
@@ -453,6 +495,8 @@ class Trainer:
             self._give_up(f"{place}: the gradients are not finite, so the weights stay as they are, {why}")
 
     def _give_up(self, why: str) -> NoReturn:
+        if self.saver.busy:
+            self._settle(last=False)
         raise TrainingFailed(
             f"{why}. {self._last_good()} "
             "A lower --max_lr, more --warmup_iterations or --gradient_clipping 1.0 usually helps."
@@ -481,8 +525,19 @@ class Trainer:
         try:
             yield
         finally:
+            self._wait_for_housekeeping()
             if self.report is not None:
                 self.report.close()
+
+
+def _cost(saved: list[Saved]) -> dict[str, float]:
+    """What saves have cost together, as a row tells it."""
+    if not saved:
+        return {}
+    seconds = sum(save.seconds for save in saved)
+    megabytes = sum(save.checkpoint.bytes for save in saved) / 1e6
+    stall = sum(save.stall for save in saved)
+    return {"save_stall": stall, "save_seconds": seconds, "save_mb_per_second": megabytes / seconds}
 
 
 class Stopwatch:

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from tests.conftest import starts_processes
-from tests.topologies import BEFORE, LONG_PAIRS, NVME_PAIRS, PAIRS, Moves, Topology
+from tests.topologies import BEFORE, FILES, LONG_PAIRS, NVME_PAIRS, PAIRS, Moves, Topology
 
 pytestmark = starts_processes
 
@@ -59,7 +59,7 @@ def test_a_run_moves_to_nvme_and_back(nvme_moves: Moves, here: Topology, there: 
     check(nvme_moves, here, there)
 
 
-@pytest.mark.parametrize("here", [PAIRS[0][0], PAIRS[2][0], PAIRS[9][0]], ids=str)
+@pytest.mark.parametrize("here", FILES, ids=str)
 def test_the_files_are_read_with_safetensors_alone(moves: Moves, shared_folder: Path, here: Topology) -> None:
     moves.source(here)
     folder = shared_folder / "moves" / f"of_{here}"
