@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -34,37 +34,42 @@ SEQUENCES = 12  # an update's: on 1, 2 and 3 ranks, 2 at a time
 @dataclass(frozen=True)
 class Topology:
     """ZeRO stage, ranks, precision, and what is offloaded: "", "optimizer" or "all" (parameters too) to the CPU, or
-    "nvme" (the optimizer)."""
+    "nvme" (the optimizer). wide: so that DeepSpeed really swaps, which it does not below 1 MiB."""
 
     stage: int
     ranks: int
     precision: str = "fp32"
     offload: str = ""
     overlay: str = ""
+    wide: bool = False
 
     def __str__(self) -> str:
-        return "_".join(filter(None, (f"S{self.stage}", self.precision, f"r{self.ranks}", self.offload, self.overlay)))
+        words = f"S{self.stage}", self.precision, f"r{self.ranks}", self.offload, self.overlay, "wide" * self.wide
+        return "_".join(filter(None, words))
 
     def settings(self, root: Path) -> dict[str, Any]:
         """The fields of a configuration."""
-        return {"tokens_per_update": SEQUENCES * exactness.SETTINGS["max_seq_len"], **self._place(root)}
-
-    def _place(self, root: Path) -> dict[str, Any]:
-        if self.offload == "nvme":
-            place = {"offload_optimizer": "nvme", "nvme_path": str(root / "nvme")}
-            return {"zero_stage": self.stage, "precision": self.precision, **place}
-        offload = {"offload_optimizer": "cpu" if self.offload else "none"}
-        offload |= {"offload_params": "cpu" if self.offload == "all" else "none"}
-        found: dict[str, Any] = {"zero_stage": self.stage, "precision": self.precision, **offload}
+        nvme, offloads = self.offload == "nvme", self.offload in ("optimizer", "all")
+        found: dict[str, Any] = {
+            "tokens_per_update": SEQUENCES * exactness.SETTINGS["max_seq_len"],
+            "zero_stage": self.stage,
+            "precision": self.precision,
+            "offload_optimizer": "nvme" if nvme else "cpu" if offloads else "none",
+            "offload_params": "cpu" if self.offload == "all" else "none",
+        }
+        if nvme:
+            found["nvme_path"] = str(root / "nvme")
         if self.overlay:
             file = root / f"{self.overlay}.json"
             file.write_text(OVERLAYS[self.overlay], encoding="utf-8")
             found["deepspeed_overlay"] = str(file)
-        return found
+        return {**found, "n_embd": 256} if self.wide else found
 
 
 OVERLAYS = {
     "roundrobin": '{"zero_optimization": {"round_robin_gradients": true}}',
+    # Of a wide model's about three are swapped and one, which is below 1 MiB, is not.
+    "widegroups": '{"zero_optimization": {"sub_group_size": 600000}}',
     "subgroups": '{"zero_optimization": {"sub_group_size": 20000, "stage3_param_persistence_threshold": 0}}',
 }
 _S0, _S0R2 = Topology(0, 1), Topology(0, 2)
@@ -99,6 +104,9 @@ _PLACES = [
 # Of 2,025 an eighth, in which each place is a source and a target several times.
 _N, _NR2 = Topology(3, 1, "bf16", "nvme"), Topology(3, 2, "bf16", "nvme")
 NVME_PAIRS = [(_N, _N), (_NR2, _NR2), (_N, _NR2), (_S1BR2, _N), (_NR2, _S1B), (_S3BR2, _NR2), (_N, _S2O)]
+NVME_PAIRS += [(replace(here, wide=True), replace(there, wide=True)) for here, there in NVME_PAIRS]
+_WIDE, _WIDER2 = (replace(each, overlay="widegroups", wide=True) for each in (_N, _NR2))
+NVME_PAIRS += [(_WIDE, _WIDER2), (_WIDER2, _WIDE), (_WIDER2, replace(_S1B, wide=True))]
 LONG_PAIRS = [(_S1R2, _S1), (_S2R2, _S0R2), (_S3BR2, _S1B)]
 LONG_PAIRS += [pair for pair in list(product(_PLACES, _PLACES))[::8] if pair not in [*PAIRS, *LONG_PAIRS]]
 FILES = [_S0, _S1R2, _S1BR2]

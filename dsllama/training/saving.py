@@ -16,6 +16,7 @@ import errno
 import json
 import os
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -75,20 +76,22 @@ class Saver:
 
     def _set_memory_up(self) -> None:
         needed = state.copy_bytes(self.engine)
-        if needed is None:
-            self.foreground = "the state lies on NVMe"
         here = int(os.environ.get("LOCAL_SIZE", self.world.size))
         free = min(psutil.virtual_memory().available, memory_limit()) * _SHARE_OF_MEMORY
-        wanted = [0] * self.world.size
-        dist.all_gather_object(wanted, needed or 0)  # and nobody allocates before all have looked
-        if needed is None:
-            return
-        if max(wanted) * here > free:
-            copies = f"copies of the state take {readable(float(max(wanted) * here))}B on this host"
-            self.foreground = f"{copies}, and {readable(free)}B of its memory are free for them"
+        why = "the state lies on NVMe" if needed is None else ""
+        if needed is not None and needed * here > free:
+            copies = f"copies of the state take {readable(float(needed * here))}B on {socket.gethostname()}"
+            why = f"{copies}, and {readable(free)}B of its memory are free for them"
+        reasons = [""] * self.world.size
+        dist.all_gather_object(reasons, why)  # nobody allocates before all have looked, and all do the same
+        self.foreground = next(filter(None, reasons), "")
+        if needed is None or self.foreground:
             return
         # Touched, because the first touch of a page takes several times what the copy does.
-        self._memory = torch.zeros(needed, dtype=torch.uint8, pin_memory=self.world.device.type == "cuda")
+        try:
+            self._memory = torch.zeros(needed, dtype=torch.uint8, pin_memory=self.world.device.type == "cuda")
+        except RuntimeError:  # more pinned memory than this system allows: the copy is slower, and no other
+            self._memory = torch.zeros(needed, dtype=torch.uint8)
 
     @property
     def busy(self) -> bool:
@@ -211,7 +214,7 @@ class _Save:
     def _attempt(self) -> None:
         try:
             self.entries = self._write()
-        except (OSError, RuntimeError) as error:  # torch.save tells of a full disk with a RuntimeError
+        except Exception as error:  # whatever it is, the other ranks wait for the word
             self.failure = " ".join(str(error).split())[:300] or type(error).__name__
         self.seconds = time.perf_counter() - self.started
 
