@@ -289,7 +289,7 @@ def _prune_checkpoints(
 def _words_for(told: dict[str, Any], read: bool) -> list[str]:
     """A checkpoint as a row of words."""
     from dsllama.checkpoint.catalog import topology
-    from dsllama.sizes import readable, readable_duration
+    from dsllama.sizes import readable, readable_bytes, readable_duration
 
     name = Path(told["path"]).name
     if "tokens" not in told:
@@ -301,9 +301,9 @@ def _words_for(told: dict[str, Any], read: bool) -> list[str]:
         name,
         f"{readable(told['tokens'])} tokens",
         ", ".join(losses),
-        f"{readable_duration(told['age_seconds'])} ago",
+        f"{readable_duration(told['age_seconds'])} ago" if told["age_seconds"] is not None else "",
         topology(told["topology"]),
-        f"{readable(told['bytes'])}B",
+        readable_bytes(told["bytes"]),
         "damaged: " + "; ".join(told["problems"]) if told["problems"] else whole + (", all of it read" if read else ""),
     ]
 

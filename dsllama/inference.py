@@ -28,12 +28,14 @@ def load_model(checkpoint: str | Path, device: str | torch.device | None = None)
     dtype = half[half_precision()] if target.type == "cuda" else torch.float32
 
     def load(source: Checkpoint) -> LLaMaTransformer:
-        # Without drawing weights that would be written over, and in no other type or place than it is wanted in.
-        model = LLaMaTransformer(*_described(source), device="meta").to(dtype).to_empty(device=target)
-        with opened_weights(source) as weights, torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(weights[name])
-        return model.eval()
+        # What is read becomes the model: nothing is drawn to be written over, and to_empty would import SymPy.
+        model = LLaMaTransformer(*_described(source), device="meta")
+        with opened_weights(source) as weights:
+            for name, _ in list(model.named_parameters(remove_duplicate=False)):
+                module, _, leaf = name.rpartition(".")
+                weight = torch.nn.Parameter(weights[name].to(target, dtype))
+                setattr(model.get_submodule(module), leaf, weight)
+        return model.to(target).eval()
 
     return with_first_whole(checkpoint, load, warn)
 

@@ -155,7 +155,7 @@ class LLaMaTransformer(nn.Module):
     def __init__(self, config: Any, tokenizer: Any, device: str | torch.device = "cpu") -> None:
         """config: a TrainingConfig, or anything with its model fields. tokenizer: gives vocab_size, and text to
         `generate`; may be None where config.vocab_size is set. device: where the parameters are built ("meta": nowhere
-        yet; `to_empty` gives them room, for weights to be copied in).
+        yet, for whoever puts others in their places).
 
         Raises UserError if config.vocab_size has no room for the tokenizer's ids.
         """
@@ -254,7 +254,7 @@ class LLaMaTransformer(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> LLaMaTransformer:
         # The table follows the parameters to another device, but keeps its fp32.
         super()._apply(fn, recurse)
-        self._tie()  # to_empty makes two of a tied matrix
+        self._tie()  # of a tied matrix the above makes two where it changes the type of tensor
         if not self.norm.weight.is_meta:
             self.rotary = tuple(table.to(self.norm.weight.device) for table in self.rotary)
         return self
@@ -271,6 +271,8 @@ def _branch_std(config: Any) -> float:
 
 @torch.no_grad()
 def _draw(weight: Tensor, std: float) -> None:
+    if weight.is_meta:
+        return
     # Drawn in fp32 and then rounded, so that one seed gives one model in every precision and at every stage.
     weight.copy_(torch.normal(0.0, std, weight.shape, dtype=torch.float32, device=weight.device))
 

@@ -83,6 +83,12 @@ def readable(number: float) -> str:
     return f"{number:.3g}" if isinstance(number, float) else str(number)
 
 
+def readable_bytes(number: float) -> str:
+    """1234567890 -> '1.23 GB'."""
+    text = readable(float(number)).replace("B", "G")
+    return f"{text[:-1]} {text[-1]}B" if text[-1].isalpha() else f"{text} B"
+
+
 def readable_duration(seconds: float) -> str:
     """3725 -> '1h02m'; 95 -> '1m35s'; 7.2 -> '7s'; days where there are many hours."""
     if not math.isfinite(seconds):

@@ -73,9 +73,12 @@ class Checkpoint:
         return sum(entry["bytes"] for entry in self.manifest["files"].values())
 
     @property
-    def age(self) -> float:
-        """Seconds since it was saved."""
-        return max(0.0, time.time() - timegm(time.strptime(self.manifest["saved_at"], _TIME)))
+    def age(self) -> float | None:
+        """Seconds since it was saved, if it says when."""
+        try:
+            return max(0.0, time.time() - timegm(time.strptime(self.manifest["saved_at"], _TIME)))
+        except (KeyError, TypeError, ValueError):
+            return None
 
     def config(self) -> TrainingConfig:
         """The configuration that the checkpoint was trained with."""
@@ -125,7 +128,7 @@ def summary(path: Path, read: bool = False) -> dict[str, Any]:
         "loss": manifest.get("loss"),
         "validation_loss": manifest.get("validation_loss"),
         "saved_at": manifest.get("saved_at"),
-        "age_seconds": round(found.age),
+        "age_seconds": found.age,
         "topology": manifest["parallel_layout"],
         "state": manifest["state"],
         "bytes": found.bytes,

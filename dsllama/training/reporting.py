@@ -66,6 +66,7 @@ class Row:
 
 
 COLUMNS = [field.name for field in fields(Row)]
+_FEWEST_COLUMNS = COLUMNS.index("time") + 1
 
 
 def perplexity(loss: float) -> float:
@@ -231,7 +232,10 @@ def _is_log(path: Path) -> bool:
     if not path.is_file():
         return False
     with path.open(encoding="utf-8", errors="replace") as file:
-        return file.readline().strip() in ("", ",".join(COLUMNS))
+        header = file.readline().strip()
+    # Earlier versions had fewer columns: new ones are put at the end, and a log that is gone on with gets them all.
+    found = header.split(",")
+    return not header or (len(found) >= _FEWEST_COLUMNS and found == COLUMNS[: len(found)])
 
 
 def _split_log(log_file: Path, resumed_from: int) -> bool:

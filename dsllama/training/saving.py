@@ -32,7 +32,7 @@ from dsllama.checkpoint import state
 from dsllama.checkpoint.catalog import FORMAT, MANIFEST, Checkpoint, digest
 from dsllama.files import sha256, write_atomically
 from dsllama.machine import memory_limit
-from dsllama.sizes import readable
+from dsllama.sizes import readable_bytes
 from dsllama.training import engine as deepspeed_engine
 from dsllama.training.checkpoint import random_state
 from dsllama.training.engine import World
@@ -80,8 +80,8 @@ class Saver:
         free = min(psutil.virtual_memory().available, memory_limit()) * _SHARE_OF_MEMORY
         why = "the state lies on NVMe" if needed is None else ""
         if needed is not None and needed * here > free:
-            copies = f"copies of the state take {readable(float(needed * here))}B on {socket.gethostname()}"
-            why = f"{copies}, and {readable(free)}B of its memory are free for them"
+            copies = f"copies of the state take {readable_bytes(needed * here)} on {socket.gethostname()}"
+            why = f"{copies}, and {readable_bytes(free)} of its memory are free for them"
         reasons = [""] * self.world.size
         dist.all_gather_object(reasons, why)  # nobody allocates before all have looked, and all do the same
         self.foreground = next(filter(None, reasons), "")
@@ -240,7 +240,7 @@ def space_problem(folder: Path, needed: int) -> str:
         free = shutil.disk_usage(folder).free
     except OSError:  # a file system that does not say
         return ""
-    return f"has {readable(free)}B free, and a checkpoint takes {readable(needed)}B" if free < needed else ""
+    return f"has {readable_bytes(free)} free, and a checkpoint takes {readable_bytes(needed)}" if free < needed else ""
 
 
 def _insist_on_space(folder: Path, needed: int) -> None:

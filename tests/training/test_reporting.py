@@ -13,7 +13,7 @@ import yaml
 from dsllama.checkpoint.catalog import list_checkpoints
 from dsllama.errors import UserError
 from dsllama.files import write_own
-from dsllama.training.reporting import events_folder
+from dsllama.training.reporting import COLUMNS, Report, events_folder, log_problem, read_log
 from dsllama.training.run import note_start
 from tests.campaign import UPDATES, Campaign
 from tests.conftest import TinyData, starts_processes
@@ -85,8 +85,6 @@ def test_the_smoothed_line_is_the_mean_of_neighbours() -> None:
 
 
 def test_rows_that_are_none_are_moved_aside_with_those_that_a_resumed_run_makes_anew(tmp_path: Path) -> None:
-    from dsllama.training.reporting import COLUMNS, Report, read_log
-
     def row(step: str) -> str:
         return ",".join({"update": step, "tokens_total": "256"}.get(name, "1.5") for name in COLUMNS)
 
@@ -96,6 +94,18 @@ def test_rows_that_are_none_are_moved_aside_with_those_that_a_resumed_run_makes_
     assert [kept["update"] for kept in read_log(log)] == ["1", "3"]
     aside = log.with_name("log.csv.superseded").read_text().splitlines()
     assert [line.split(",")[0] for line in aside] == ["update", "two", "4"]
+
+
+def test_a_log_of_an_earlier_version_with_fewer_columns_is_gone_on_with(tmp_path: Path) -> None:
+    log, earlier = tmp_path / "log.csv", COLUMNS[: COLUMNS.index("skipped_updates") + 1]
+    rows = [[str(update), *["0.5"] * 5, "256", "256", *["0.5"] * 2, "", "", "", "0"] for update in (1, 2, 3)]
+    log.write_text("".join(",".join(row) + "\n" for row in [earlier, *rows]))
+    assert log_problem(log) is None
+    Report(log, tmp_path / "tensorboard", resumed_from=2, resumed_tokens=512).close()
+    assert log.read_text().splitlines()[0] == ",".join(COLUMNS)
+    assert [row["update"] for row in read_log(log)] == ["1", "2"]
+    log.write_text("update,colour\n")
+    assert log_problem(log) is not None
 
 
 def test_a_run_keeps_the_tokenizer_that_it_began_with(campaign: Campaign, tiny_data: TinyData) -> None:

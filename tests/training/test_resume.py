@@ -175,7 +175,7 @@ def test_a_disk_without_room_for_one_checkpoint_is_refused_beforehand(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
     run = Run(tmp_path / "run", campaign.run("fp32_stage1").settings)
     assert train(run.words()) == 2
-    assert "has 1.05MB free, and a checkpoint takes 1." in one_clear_screen(capsys.readouterr())
+    assert "has 1.05 MB free, and a checkpoint takes 1." in one_clear_screen(capsys.readouterr())
 
 
 def damaged(update: int, how: str) -> Callable[[Run], None]:
