@@ -270,9 +270,14 @@ def _prune_checkpoints(
 ) -> int:
     from dsllama.checkpoint.retention import Policy, prune
 
-    if keep_last < 1 or keep_every == 0 or keep_best < 0:
-        rule = "must be at least 1, as must --keep_every"
-        raise UserError(Problem("--keep_last", rule, "the newest whole one always stays", keep_last))
+    least = {"--keep_last": (1, keep_last), "--keep_every": (1, keep_every), "--keep_best": (0, keep_best)}
+    problems = [
+        Problem(name, f"must be at least {low}", "the newest whole one always stays", value)
+        for name, (low, value) in least.items()
+        if value is not None and value < low
+    ]
+    if problems:
+        raise UserError(problems)
     policy = Policy(keep_last, keep_every, keep_best, keep_weights)
     told = prune(path, policy, warn=lambda text: print(text, file=sys.stderr), **options)
     if as_json:
@@ -281,7 +286,7 @@ def _prune_checkpoints(
     would = "would be " if options["dry_run"] else ""
     said = {"removed": f"{would}removed", "weights": f"{would}left with weights only", "kept": "kept"}
     said["damaged"] = f"damaged, {would}removed" if options["damaged"] else "damaged, and left (see --damaged)"
-    lines = [f"{said[what]:13}{', '.join(names)}" for what, names in told.items() if names]
+    lines = [f"{said[what]:12} {', '.join(names)}" for what, names in told.items() if names]
     print("\n".join(lines))
     return 0
 

@@ -10,6 +10,7 @@ compared. A run that was taken for dead and wakes up finds another name in the f
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -56,22 +57,29 @@ class Hold:
         """Let the next one have it."""
         self._ended.set()
         self._thread.join(_BEAT_SECONDS)
-        if not self.taken_by():
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            if not self.lost_to():
                 os.ftruncate(self._descriptor, 0)
         os.close(self._descriptor)
 
-    def taken_by(self) -> str:
-        """Who has taken it since, because this process seemed to be dead; empty where nobody has."""
+    def lost_to(self) -> str:
+        """Who has taken it since, because this process seemed to be dead; empty where nobody has.
+
+        Raises FileNotFoundError where the lock file is gone, with the folder that it was in: unmounted, or moved away.
+        """
         owner = _owner(self.path)
-        return "" if owner is None or owner["token"] == self._owner["token"] else _described(owner)
+        if owner is None and not self.path.exists():
+            raise FileNotFoundError(errno.ENOENT, "it has vanished, or another is in its place", str(self.path.parent))
+        if owner is None:
+            return "a run that has ended since"
+        return "" if owner["token"] == self._owner["token"] else _described(owner)
 
     def _beat(self) -> None:
         count = 0
         while not self._ended.wait(_BEAT_SECONDS):
             count += 1
             with contextlib.suppress(OSError):  # a disk that is full or gone: whoever saves will say so
-                if self.taken_by():
+                if self.lost_to():
                     return
                 self._write(count)
 

@@ -82,16 +82,23 @@ def test_one_that_was_taken_for_dead_knows_it_afterwards(tmp_path: Path, monkeyp
     monkeypatch.setattr(locks.fcntl, "flock", lambda *_: None)
     monkeypatch.setattr(locks, "_machine", lambda: "one")
     first = hold(tmp_path / "lock", "ckpt_dir", "", "")
-    assert first.taken_by() == ""
+    assert first.lost_to() == ""
     monkeypatch.setattr(locks, "_machine", lambda: "two")
     monkeypatch.setattr(locks, "_WATCH_SECONDS", 0.2)  # the first counts every five seconds
     second = hold(tmp_path / "lock", "ckpt_dir", "", "")
-    assert f"process {os.getpid()} on" in first.taken_by()
+    assert f"process {os.getpid()} on" in first.lost_to()
     first.release()
     assert json.loads((tmp_path / "lock").read_text())["machine"] == "two"
-    assert second.taken_by() == ""
+    assert second.lost_to() == ""
     second.release()
     assert (tmp_path / "lock").read_text() == ""
+    third = hold(tmp_path / "lock", "ckpt_dir", "", "")
+    (tmp_path / "lock").write_text("")  # as one that has taken it and ended leaves it
+    assert third.lost_to() == "a run that has ended since"
+    (tmp_path / "lock").unlink()
+    with pytest.raises(FileNotFoundError, match="vanished"):
+        third.lost_to()
+    third.release()
 
 
 def test_a_run_is_refused_the_folder_and_the_log_of_another(tiny_data: TinyData, tmp_path: Path, capsys) -> None:

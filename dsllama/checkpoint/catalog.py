@@ -155,8 +155,9 @@ def checkpoints_at(path: Path) -> list[Path]:
     """Those in a folder, oldest first, or the one that the folder is. Raises UserError where there is no folder."""
     if not path.is_dir():
         raise UserError(Problem(str(path), "there is no such folder", "give a ckpt_dir, or one checkpoint"))
+    path = path.resolve()
     itself = (path / MANIFEST).exists() or _NAME.fullmatch(path.name)
-    return [path] if itself else list_checkpoints(path)
+    return list_checkpoints(path) or ([path] if itself else [])
 
 
 def update_of(path: Path) -> int:
@@ -170,17 +171,19 @@ def open_checkpoint(path: str | Path, warn: Callable[[str], Any] | None = None, 
     resumable: with the optimizer's state. warn: called with a sentence for each that is passed over.
     Raises UserError with what is wrong.
     """
-    path = Path(path)
+    path = Path(path).resolve()
     if holds_checkpoints(path):
         newest = newest_whole(path, warn, resumable=resumable)
         if newest is not None:
             return newest
+        raise UserError(none_is_whole(str(path), path, resumable), "cannot load the checkpoint")
     found = look_at(path)
     reason = found if isinstance(found, str) else _unresumable(found, resumable)
     if not isinstance(found, str) and not reason:
         return found
     beside = [p for p in list_checkpoints(path.parent) if p != path]
-    others = [str(p) for p in beside if not isinstance(look_at(p), str)]
+    looked_at = [look_at(each) for each in beside]
+    others = [str(c.path) for c in looked_at if isinstance(c, Checkpoint) and not _unresumable(c, resumable)]
     remedy = f"whole ones beside it: {', '.join(others[-3:])}" if others else "give the path of a checkpoint"
     if not isinstance(found, str):
         remedy = f"--init_from {path} begins anew with its weights; {remedy}"
@@ -190,7 +193,20 @@ def open_checkpoint(path: str | Path, warn: Callable[[str], Any] | None = None, 
 
 def holds_checkpoints(path: Path) -> bool:
     """Whether a folder is one of checkpoints, and none itself."""
-    return not (path / MANIFEST).exists() and bool(list_checkpoints(path))
+    return bool(list_checkpoints(path))
+
+
+def none_is_whole(where: str, folder: Path, resumable: bool) -> Problem:
+    """That a folder holds no checkpoint that could be taken, as a problem of the field or path `where`."""
+    found = list_checkpoints(folder)
+    rule = f"none of the {len(found)} checkpoints in it is whole" if found else "holds no checkpoint to resume"
+    remedy = "use --load_ckpt false and an empty --ckpt_dir to start anew" if resumable else "give another one"
+    weights = newest_whole(folder) if resumable else None
+    if weights is not None:
+        rule += ", with the optimizer's state"
+        remedy = f"--init_from {weights.path} and an empty --ckpt_dir begin anew with the weights that are left"
+    value = None if where == str(folder) else str(folder)
+    return Problem(where, rule, remedy, value)
 
 
 def newest_whole(
@@ -223,6 +239,8 @@ def look_at(path: Path) -> Checkpoint | str:
     """The checkpoint in a folder, by its manifest, its small files and the sizes of the rest; or what is wrong."""
     if not path.is_dir():
         return "there is no such folder"
+    if not (path / MANIFEST).is_file():
+        return f"it has no {MANIFEST}"
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] not in (FORMAT, _THIRD_FORMAT, _SECOND_FORMAT, _FIRST_FORMAT):
@@ -234,8 +252,6 @@ def look_at(path: Path) -> Checkpoint | str:
         named = _NAME.fullmatch(path.name)
         if named and int(named[1]) != manifest["update"]:
             return f"its {MANIFEST} is of update {manifest['update']}"
-    except FileNotFoundError:
-        return f"it has no {MANIFEST}"
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return f"its {MANIFEST} cannot be read ({type(error).__name__}: {error})"
     try:

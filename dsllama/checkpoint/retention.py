@@ -14,7 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsllama.checkpoint.catalog import MANIFEST, Checkpoint, digest, list_checkpoints, look_at, update_of
+from dsllama.checkpoint.catalog import (
+    MANIFEST,
+    Checkpoint,
+    digest,
+    holds_checkpoints,
+    list_checkpoints,
+    look_at,
+    update_of,
+)
 from dsllama.errors import Problem, UserError
 from dsllama.files import write_atomically
 from dsllama.locks import hold
@@ -80,9 +88,10 @@ class Retention:
                 else:
                     remove(checkpoint.path)
             except OSError as error:
-                self.warn(
-                    f"could not remove {checkpoint.path}: {error.strerror or error}; it is left for the next time"
-                )
+                if not checkpoint.path.exists():  # nobody sees it any more; `tidy` removes the rest
+                    self.found.remove(checkpoint)
+                why = error.strerror or error
+                self.warn(f"could not remove {checkpoint.path}: {why}; it is left for the next time")
                 continue
             gone.append(checkpoint)
             self.found = [c for c in self.found if c is not checkpoint] + ([left] if left else [])
@@ -98,17 +107,19 @@ def prune(
     Everything in the newest one is read beforehand, and in all with `damaged`. dry_run: nothing is changed.
     Raises UserError where a run holds the folder, or no whole checkpoint that can be resumed would be left.
     """
-    if not ckpt_dir.is_dir():
-        raise UserError(Problem(str(ckpt_dir), "there is no such folder", "give a ckpt_dir"))
+    if not holds_checkpoints(ckpt_dir):
+        raise UserError(Problem(str(ckpt_dir), "is no folder of checkpoints", "give a ckpt_dir"))
     remedy = "set keep_last in its configuration, or wait for its end"
     with hold(ckpt_dir / LOCK, str(ckpt_dir), "", remedy) if not dry_run else contextlib.nullcontext():
         paths = list_checkpoints(ckpt_dir)
-        whole = [found for found in map(look_at, paths) if isinstance(found, Checkpoint)]
+        looked_at = {path: look_at(path) for path in paths}
+        whole = [found for found in looked_at.values() if isinstance(found, Checkpoint)]
+        bad = {path: found for path, found in looked_at.items() if isinstance(found, str)}
         # From the newest on, until one is whole: what the others are worth depends on that one.
         for checkpoint in sorted(whole, key=lambda c: -c.update):
-            bad = next(checkpoint.damages(), "")
-            if bad:
-                warn(f"{checkpoint.path} is damaged: {bad}")
+            damage = next(checkpoint.damages(), "")
+            if damage:
+                bad[checkpoint.path] = damage
                 whole.remove(checkpoint)
             elif checkpoint.resumable and not damaged:
                 break
@@ -118,23 +129,32 @@ def prune(
         retention = Retention(policy, ckpt_dir, warn)
         retention.found = whole
         going = policy.superfluous(whole) if dry_run else retention.apply()
-        names = {path.name for path in paths} - {checkpoint.path.name for checkpoint in whole}
-        names |= {path.name for path in ckpt_dir.glob("damaged-update_*")}
+        bad |= {path: "it was passed over as damaged" for path in ckpt_dir.glob("damaged-update_*") if path.is_dir()}
+        for path, why in bad.items():
+            # What another version wrote, or cannot be read just now, is perhaps whole.
+            proven = not why.startswith("its format") and "cannot be " not in why
+            warn(f"{path} is damaged: {why}" if proven else f"{path} is left alone: {why}")
+            if damaged and proven and not dry_run:
+                try:
+                    remove(path)
+                except OSError as error:
+                    warn(f"could not remove {path}: {error.strerror or error}")
         if not dry_run:
-            for name in names if damaged else ():
-                remove(ckpt_dir / name)
             tidy(ckpt_dir, warn)
     gone = {checkpoint.path.name for checkpoint in going}
     return {
         "removed": [] if policy.weights else sorted(gone),
         "weights": sorted(gone) if policy.weights else [],
         "kept": [c.path.name for c in whole if c.path.name not in gone],
-        "damaged": sorted(names),
+        "damaged": sorted(path.name for path in bad),
     }
 
 
 def remove(path: Path) -> None:
-    """Remove a checkpoint; from its first moment on nobody sees a part of one. Raises OSError."""
+    """Remove a checkpoint; from its first moment on nobody sees a part of one. Of a link, the link. Raises OSError."""
+    if path.is_symlink():
+        path.unlink()
+        return
     aside = path.with_name(f"{_REMOVING}{path.name}")
     if path != aside:
         shutil.rmtree(aside, ignore_errors=True)
@@ -156,10 +176,11 @@ def drop_optimizer(checkpoint: Checkpoint) -> Checkpoint:
 
 def tidy(ckpt_dir: Path, warn: Callable[[str], Any]) -> list[Path]:
     """Remove what saves and removals that were cut short have left; returns it. Only while the folder is held."""
-    left = [path for path in sorted(ckpt_dir.glob(".*-update_*")) if path.name.startswith((_REMOVING, _WRITING))]
-    for path in left:
+    removed = []
+    for path in [p for p in sorted(ckpt_dir.glob(".*-update_*")) if p.name.startswith((_REMOVING, _WRITING))]:
         try:
             shutil.rmtree(path)
+            removed.append(path)
         except OSError as error:
             warn(f"could not remove {path}, which an earlier run has left: {error.strerror or error}")
     for path in list_checkpoints(ckpt_dir):
@@ -168,7 +189,7 @@ def tidy(ckpt_dir: Path, warn: Callable[[str], Any]) -> list[Path]:
             if isinstance(found, Checkpoint) and not found.resumable:
                 with contextlib.suppress(OSError):
                     _remove_dropped(found)
-    return left
+    return removed
 
 
 def _remove_dropped(checkpoint: Checkpoint) -> None:

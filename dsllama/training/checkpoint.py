@@ -18,6 +18,7 @@ from dsllama.checkpoint.catalog import (
     holds_checkpoints,
     list_checkpoints,
     newest_whole,
+    none_is_whole,
     open_checkpoint,
     update_of,
 )
@@ -61,7 +62,7 @@ def choose(config: TrainingConfig, warn: Callable[[str], Any] | None = None) -> 
         return named
     chosen = newest_whole(config.ckpt_dir, warn, resumable=True)
     if chosen is None and (existing or config.load_ckpt is True):
-        raise _none_is_whole(config, len(existing))
+        raise UserError(none_is_whole("ckpt_dir", Path(config.ckpt_dir), resumable=True))
     return chosen
 
 
@@ -109,7 +110,7 @@ def _next_whole(config: TrainingConfig, damaged: Checkpoint, reason: str, warn: 
     warn(f"passing over the damaged checkpoint {damaged.path}: {reason}")
     found = newest_whole(folder, warn, before=damaged.update, resumable=True)
     if found is None:
-        raise _none_is_whole(config, len(list_checkpoints(folder)))
+        raise UserError(none_is_whole("ckpt_dir", folder, resumable=True))
     return found
 
 
@@ -117,12 +118,6 @@ def _by_name(config: TrainingConfig) -> bool:
     """Whether load_ckpt names one checkpoint, and no folder of them."""
     named = config.load_ckpt
     return isinstance(named, str) and named != "auto" and not holds_checkpoints(Path(named))
-
-
-def _none_is_whole(config: TrainingConfig, existing: int) -> UserError:
-    rule = f"none of the {existing} checkpoints in it is whole" if existing else "holds no checkpoint to resume"
-    remedy = "use --load_ckpt false and an empty --ckpt_dir to start anew"
-    return UserError(Problem("ckpt_dir", rule, remedy, config.ckpt_dir))
 
 
 def _refuse_to_overwrite(chosen: Checkpoint, existing: list[Path], config: TrainingConfig) -> None:

@@ -92,7 +92,7 @@ def _train(job: Job, rank: int, world_size: int, holds: Holds) -> int:
     # Only now: torch's distributed and DeepSpeed's engine take seconds to import.
     from dsllama.training import engine
     from dsllama.training.stopping import StopRequest
-    from dsllama.training.trainer import Trainer, TrainingFailed, run_files
+    from dsllama.training.trainer import Trainer, TrainingFailed
 
     # From here on a signal is a stop request: one that comes while the engine is built is met after the first update.
     stop = StopRequest()
@@ -115,12 +115,11 @@ def _train(job: Job, rank: int, world_size: int, holds: Holds) -> int:
         return 0
     if world.is_main:
         _announce(job)
-        for left in tidy(Path(job.config.ckpt_dir), logger.warning):
-            print(f"removed      {left}, which a save or a removal that was cut short had left", flush=True)
-        note_start(Path(job.config.ckpt_dir), run_files(job))
     try:
         try:
             trainer = Trainer(job, world, stop, holds.ckpt_dir)
+            if problem := world.tell(_make_notes(job) if world.is_main else None):
+                raise UserError(problem)
         except UserError as error:  # DeepSpeed's, or a damaged checkpoint: the same on every rank
             return _complain(str(error) if world.is_main else "", rank, EXIT_USER_ERROR)
         outcome = trainer.run()
@@ -151,6 +150,20 @@ def _as_the_first_rank(job: Job, world: World) -> Job:
     position = chosen.manifest["data"] if chosen else {**job.loader.state_dict(), "consumed_samples": 0}
     job.loader.load_state_dict(position)
     return dataclasses.replace(job, resume_from=chosen, init_from=checkpoints.first_ranks(job.init_from, world))
+
+
+def _make_notes(job: Job) -> Problem | None:
+    """Clear up in ckpt_dir and note what is started; why that cannot be."""
+    from dsllama.training.trainer import run_files
+
+    ckpt_dir = Path(job.config.ckpt_dir)
+    for left in tidy(ckpt_dir, logger.warning):
+        print(f"removed      {left}, which a save or a removal that was cut short had left", flush=True)
+    try:
+        note_start(ckpt_dir, run_files(job))
+    except OSError as error:
+        return of_system(error)
+    return None
 
 
 def note_start(ckpt_dir: Path, files: dict[str, str]) -> Path:

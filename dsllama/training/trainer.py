@@ -23,7 +23,14 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from dsllama.checkpoint.catalog import Checkpoint, list_checkpoints, timestamp, update_of
+from dsllama.checkpoint.catalog import (
+    Checkpoint,
+    holds_checkpoints,
+    list_checkpoints,
+    newest_whole,
+    timestamp,
+    update_of,
+)
 from dsllama.checkpoint.fragments import DamagedFile
 from dsllama.checkpoint.retention import Policy, Retention
 from dsllama.config import TrainingConfig
@@ -328,10 +335,10 @@ class Trainer:
         config, since = self.config, time.perf_counter()
         if not deepspeed_engine.weights_are_finite(self.engine):
             self._give_up(f"the weights are not finite after {self._place(self.update)}. They were not saved")
-        taken_by = self.world.tell(self.hold.taken_by() if self.hold is not None else "")
-        if taken_by:
-            rule = "was taken by another run, which thought that this one was dead"
-            raise TrainingFailed(f"ckpt_dir = {config.ckpt_dir!r} {rule}: {taken_by}. Nothing of it was touched.")
+        gone = self._why_the_folder_is_gone()
+        if gone:
+            self._notice_failed_save(self.update, gone, last)
+            return
         manifest = {
             "tokens": self.tokens,
             "loss": loss,
@@ -362,6 +369,7 @@ class Trainer:
     def _settle(self, last: bool) -> None:
         """Publish the save under way, when all ranks have written; wait for them if they have not."""
         update = self.saver.update
+        self._why_the_folder_is_gone()  # then what is half written is gone too, and the saver says so
         with self.clock.paused():
             try:
                 saved = self.saver.settle()
@@ -400,6 +408,20 @@ class Trainer:
             names = ", ".join(checkpoint.path.name for checkpoint in gone)
             print(f"{what} {names} (keep_last {self.config.keep_last})", flush=True)
 
+    def _why_the_folder_is_gone(self) -> str:
+        """Empty where ckpt_dir is as it was. Collective. Raises TrainingFailed where another run has taken it."""
+        told = "", ""
+        if self.hold is not None:
+            try:
+                told = self.hold.lost_to(), ""
+            except OSError as error:
+                told = "", str(error)
+        taken_by, gone = self.world.tell(told)
+        if taken_by:
+            rule = "was taken by another run, which thought that this one was dead"
+            raise TrainingFailed(f"ckpt_dir = {self.config.ckpt_dir!r} {rule}: {taken_by}. Nothing of it was touched.")
+        return gone
+
     def _notice_failed_save(self, update: int, why: str, last: bool) -> None:
         told = f"the checkpoint of update {update} could not be written: {why}. {self._last_good()}"
         if last or self.config.on_failed_save == "stop":
@@ -413,11 +435,22 @@ class Trainer:
         return [update_of(path) * self.config.tokens_per_update for path in found]
 
     def _begin_with(self, source: Checkpoint) -> None:
-        try:
-            checkpoints.begin_with(source, self.world, self.engine)
-        except DamagedFile as error:
-            problem = Problem("init_from", f"is damaged: {error}", "give another checkpoint", str(source.path))
-            raise UserError(problem) from None
+        """Take up its weights; where they are damaged, those of the newest before it in the folder that was given."""
+        while True:
+            try:
+                checkpoints.begin_with(source, self.world, self.engine)
+                return
+            except DamagedFile as error:
+                reason = str(error)
+            folder, older = Path(self.config.init_from or ""), None
+            if self.world.is_main and holds_checkpoints(folder):
+                older = newest_whole(folder, logger.warning, before=source.update)
+            older = checkpoints.first_ranks(older, self.world)
+            if older is None:
+                problem = Problem("init_from", f"is damaged: {reason}", "give another checkpoint", str(source.path))
+                raise UserError(problem)
+            logger.warning(f"passing over the damaged checkpoint {source.path}: {reason}; beginning with {older.path}")
+            source = older
 
     def _resume(self, source: Checkpoint) -> None:
         fresh = self.scheduler.state_dict()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,16 @@ def test_a_model_is_taken_from_the_newest_that_is_whole(folder: Path, tmp_path: 
     words = ["generate", "--checkpoint", str(folder / "update_0000020"), "--prompt", "the"]
     assert main(words) == 2
     assert "weights_00001.safetensors is damaged in block 0 (" in one_clear_screen(capsys.readouterr())
+
+
+def test_checkpoints_are_found_through_links_and_beside_other_manifests(folder: Path, tmp_path: Path, capsys) -> None:
+    (folder / "manifest.json").write_text('{"format": "of something else"}')
+    (tmp_path / "best").symlink_to(folder / "update_0000010")
+    assert [row["update"] for row in told(capsys, "list", folder)[1]] == [10, 20]
+    assert open_checkpoint(folder).update == 20 and open_checkpoint(tmp_path / "best").path.name == "update_0000010"
+    (folder / "update_0000010" / "manifest.json").unlink()
+    os.mkfifo(folder / "update_0000010" / "manifest.json")
+    assert told(capsys, "list", folder)[1][0]["problems"] == ["it has no manifest.json"]
 
 
 def test_only_the_weights_are_needed_for_a_model(folder: Path) -> None:

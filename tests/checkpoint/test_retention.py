@@ -112,6 +112,23 @@ def test_what_is_damaged_does_not_count_as_kept(folder: Path, capsys) -> None:
     assert "nothing in it is removed" in capsys.readouterr().err and (folder / OLDER).exists()
 
 
+def test_what_is_not_proved_damaged_is_not_removed_and_of_a_link_only_the_link(folder: Path, tmp_path, capsys) -> None:
+    elsewhere = shutil.move(folder / OLDER, tmp_path / OLDER)
+    (folder / OLDER).symlink_to(elsewhere)
+    later = shutil.copytree(folder / NEWER, folder / "update_0000030")
+    manifest = json.loads((later / "manifest.json").read_text())
+    (later / "manifest.json").write_text(json.dumps({**manifest, "format": "dsllama-checkpoint-99"}))
+    told = pruned(folder, capsys, "--keep_last", "1", "--damaged")
+    assert told == {"removed": [OLDER], "weights": [], "kept": [NEWER], "damaged": [later.name]}
+    assert later.exists() and not (folder / OLDER).is_symlink() and (elsewhere / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("words", [["--keep_last", "0"], ["--keep_last", "2", "--keep_every", "-3"], []])
+def test_numbers_that_keep_nothing_are_refused(folder: Path, words: list[str], capsys) -> None:
+    assert main(["checkpoints", "prune", str(folder), *words]) == 2
+    assert (words or ["keep_last"])[-2:][0] in one_clear_screen(capsys.readouterr())
+
+
 def test_a_folder_in_use_is_left_alone(folder: Path, capsys) -> None:
     with hold(folder / LOCK, "x", "", ""):
         assert main(["checkpoints", "prune", str(folder), "--keep_last", "1"]) == 2

@@ -16,7 +16,7 @@ from dsllama.checkpoint.catalog import list_checkpoints, open_checkpoint
 from dsllama.inference import load_model
 from dsllama.training import engine as deepspeed_engine
 from dsllama.training.run import main as train
-from tests.campaign import BEGUN_WITH, HALF, OWN_FILES, RESUMED, RESUMED_LONG, UPDATES, Campaign, flip, halfway
+from tests.campaign import BEGUN, BEGUN_WITH, HALF, OWN_FILES, RESUMED, RESUMED_LONG, UPDATES, Campaign, flip, halfway
 from tests.conftest import Run, one_clear_screen, starts_processes
 
 pytestmark = starts_processes
@@ -66,6 +66,17 @@ def test_a_run_begins_with_the_weights_of_another(campaign: Campaign, name: str)
     assert float(first["learning_rate"]) == pytest.approx(0.005) and len(run.rows()) == 6
     assert f"weights      {source.folder / 'checkpoints'}/update_" in campaign.ended(f"begun_with_{name}", 2).said
     assert open_checkpoint(run.folder / "checkpoints").manifest["optimizer_step"] == 6
+
+
+def test_a_run_begins_with_the_newest_weights_that_are_whole(
+    campaign: Campaign, tmp_path: Path, capsys, caplog
+) -> None:
+    source = shutil.copytree(campaign.run("fp32_stage1").folder / "checkpoints", tmp_path / "source")
+    flip(source / "update_0000020" / "weights_00000.safetensors")
+    run = Run(tmp_path / "run", {**campaign.run("fp32_stage1").settings, **BEGUN, "zero_stage": 1, "init_from": source})
+    assert train(run.words()) == 0
+    assert "weights_00000.safetensors is damaged in block 0 (" in caplog.text
+    assert f"beginning with {source}/update_0000010" in caplog.text and len(run.rows()) == 6
 
 
 def test_a_finished_run_says_that_nothing_is_left(campaign: Campaign, capsys) -> None:
@@ -168,6 +179,26 @@ def test_a_folder_that_vanishes_is_not_made_anew(campaign: Campaign, tmp_path: P
     assert not (run.folder / "checkpoints").exists()
 
 
+def test_a_folder_in_the_place_of_the_one_that_vanished_is_not_written_to(
+    campaign: Campaign, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    run = Run(tmp_path / "run", campaign.run("fp32_stage1").settings)
+    weights_are_finite = deepspeed_engine.weights_are_finite
+
+    def replace(engine: Any) -> bool:
+        folder = run.folder / "checkpoints"
+        folder.rename(tmp_path / "moved")
+        folder.mkdir()
+        return weights_are_finite(engine)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(deepspeed_engine, "weights_are_finite", replace)
+        patched.setitem(run.settings, "on_failed_save", "stop")
+        assert train(run.words()) == 1
+    assert "it has vanished, or another is in its place" in capsys.readouterr().err
+    assert list((run.folder / "checkpoints").iterdir()) == []
+
+
 def test_a_disk_without_room_for_one_checkpoint_is_refused_beforehand(
     campaign: Campaign, tmp_path: Path, capsys, monkeypatch
 ) -> None:
@@ -261,6 +292,11 @@ CHECKPOINTS: dict[str, tuple[list[Callable[[Run], Any]], dict[str, Any], list[st
         ["n_embd = 64", "32"],
     ),
     "nothing to begin with": ([], {"ckpt_dir": "elsewhere", "init_from": "update_0000030"}, ["there is no such"]),
+    "a place for its notes that is a file": (
+        [lambda trained: (trained.folder / "elsewhere").mkdir(), lambda t: (t.folder / "elsewhere/starts").touch()],
+        {"ckpt_dir": "copy/elsewhere"},
+        ["starts", "is a file"],
+    ),
     "damaged weights to begin with": (
         [damaged(20, "flipped")],
         {"ckpt_dir": "elsewhere", "init_from": "update_0000020"},
