@@ -90,6 +90,9 @@ def _parser() -> Parser:
     sub.add_argument("--only", choices=("all", "config", "deepspeed"), default="all", help="what to print")
     arguments.add_config_options(sub)
 
+    sub = add("selftest", _selftest, "prove that a reduced model trains under these settings as plain PyTorch does")
+    arguments.add_config_options(sub)
+
     sub = add("plot-schedule", _plot_schedule, "draw the three learning-rate schedules")
     sub.add_argument("--out", dest="path", type=_path, default=Path("schedules.png"), help="PNG file to write")
     sub.add_argument("--overwrite", action="store_true", help="replace a file that is there")
@@ -199,21 +202,14 @@ def _encode(out_dir: Path, **options: Any) -> int:
 def _config(world_size: int, only: str, **fields: Any) -> int:
     import yaml
 
-    from dsllama.data.tokenizer import Tokenizer
     from dsllama.deepspeed_config import deepspeed_config, engine_lines
-    from dsllama.derived import DEFAULT_VOCABULARY, derive
+    from dsllama.derived import derive
     from dsllama.training.engine import accelerator
-    from dsllama.training.run import vocabulary
+    from dsllama.training.run import vocabulary_so_far
 
     config = arguments.config_from(argparse.Namespace(**fields))
-    note = []
-    if Path(config.tokenizer_path).exists():
-        vocab_size = vocabulary(config, Tokenizer.load(config.tokenizer_path).vocab_size)
-    elif config.vocab_size is not None:
-        vocab_size = config.vocab_size
-    else:
-        vocab_size = DEFAULT_VOCABULARY
-        note = [f"             the vocabulary is assumed: there is no {config.tokenizer_path} yet"]
+    vocab_size, assumed = vocabulary_so_far(config)
+    note = [f"             the vocabulary is assumed: there is no {config.tokenizer_path} yet"] if assumed else []
     derived = derive(config, world_size, vocab_size)
     ds_json = deepspeed_config(config, derived, accelerator())
     if only == "all":
@@ -224,6 +220,13 @@ def _config(world_size: int, only: str, **fields: Any) -> int:
     if only != "config":
         print(json.dumps(ds_json, indent=1))
     return 0
+
+
+def _selftest(**fields: Any) -> int:
+    from dsllama import selftest
+    from dsllama.training.run import exit_process
+
+    exit_process(selftest.test(arguments.config_from(argparse.Namespace(**fields))))
 
 
 def _plot_schedule(**options: Any) -> int:
@@ -255,7 +258,7 @@ def _show_checkpoints(path: Path, as_json: bool, read: bool) -> int:
     if as_json:
         print(json.dumps(told, indent=1))
     else:
-        print("\n".join(_table([_words_for(each, read) for each in told])) or f"no checkpoints in {path}")
+        print("\n".join(console.table([_words_for(each, read) for each in told])) or f"no checkpoints in {path}")
     return int(read and any(each["problems"] for each in told))
 
 
@@ -311,12 +314,6 @@ def _words_for(told: dict[str, Any], read: bool) -> list[str]:
         readable_bytes(told["bytes"]),
         "damaged: " + "; ".join(told["problems"]) if told["problems"] else whole + (", all of it read" if read else ""),
     ]
-
-
-def _table(rows: list[list[str]]) -> list[str]:
-    """Rows with columns of equal width."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(w.ljust(size) for w, size in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _export(**options: Any) -> int:

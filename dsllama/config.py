@@ -181,6 +181,9 @@ class TrainingConfig(BaseModel):
     """Peak TFLOP/s of one accelerator, for MFU. null: from the table of known ones."""
 
     # --- DeepSpeed ---
+    self_test: Annotated[Literal["auto", "off"], _Word] = "auto"
+    """auto: before the first update, a reduced model must train under these settings as plain PyTorch does (in seconds,
+    once for the same settings and versions); off: not."""
     precision: Annotated[Literal["bf16", "fp16", "fp32"], _Word] = "bf16"
     """Type of weights and activations in forward and backward; the optimizer's copy is fp32."""
     zero_stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(_parse_stage)] | None = None

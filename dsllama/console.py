@@ -84,3 +84,9 @@ def settle() -> None:
             # A letter that the terminal's encoding lacks is written as an escape.
             stream.reconfigure(errors="backslashreplace")
         setattr(sys, name, _Sturdy(stream))
+
+
+def table(rows: list[list[str]]) -> list[str]:
+    """Rows with columns of equal width."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(w.ljust(size) for w, size in zip(row, widths, strict=True)).rstrip() for row in rows]

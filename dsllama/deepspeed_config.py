@@ -97,20 +97,21 @@ def deepspeed_config(config: TrainingConfig, derived: Derived, accelerator: str 
     zero = zero_settings(config, overlay)
     problems += _impossible(zero)
     problems += list(_alterations(overlay, config))
-    binding = _binding(config, derived, zero)
-    asked = merge(binding, {"zero_optimization": {"stage": zero.asked_stage}})
+    bound = binding(config, derived, zero)
+    asked = merge(bound, {"zero_optimization": {"stage": zero.asked_stage}})
     problems += list(_contradictions(asked, overlay, config))
-    binding = merge(binding, _FIXED)
+    bound = merge(bound, _FIXED)
     recommended = _recommended(derived, zero, accelerator)
-    problems += list(_stray_autos(merge(recommended, binding), overlay, config))
+    problems += list(_stray_autos(merge(recommended, bound), overlay, config))
     if problems:
         raise UserError(problems, "the DeepSpeed configuration is wrong")
-    complete = merge(merge(recommended, said(overlay)), binding)
+    complete = merge(merge(recommended, said(overlay)), bound)
     _pass_deepspeeds_own_check(complete, config, derived.world_size)
     return complete
 
 
-def _binding(config: TrainingConfig, derived: Derived, zero: ZeroSettings) -> Json:
+def binding(config: TrainingConfig, derived: Derived, zero: ZeroSettings) -> Json:
+    """What the configuration says of the engine, and an overlay must not say otherwise."""
     zero_json: Json = {"stage": zero.stage}
     for name, device in (("offload_optimizer", zero.offload_optimizer), ("offload_param", zero.offload_params)):
         if device != "none":

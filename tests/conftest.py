@@ -46,6 +46,7 @@ TINY = {
     "token_ckpt": 10 * 256,
     "sample_prompts": [],
     "precision": "fp32",
+    "self_test": "off",  # a second for each training; tests/test_selftest.py has it on
 }
 
 
@@ -109,6 +110,7 @@ _LONGEST_FIRST = [
     "test_resume",
     "test_journeys",
     "test_encode",
+    "test_selftest",
 ]
 
 

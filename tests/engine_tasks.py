@@ -31,7 +31,7 @@ def settings_after_a_load(stage: int, precision: str) -> dict[str, Any]:
     the load. norm: of the clipped gradient that AdamW saw. deviation: of what it did from its formula with the later
     settings.
     """
-    with tempfile.TemporaryDirectory() as place, _fp16_on_cpu(precision == "fp16"):
+    with tempfile.TemporaryDirectory() as place, fp16_on_cpu(precision == "fp16"):
 
         def build(settings: dict[str, float], scaler: dict[str, int]) -> Any:
             overlay = Path(place) / "overlay.json"
@@ -148,9 +148,9 @@ def train_without_tokenizer(words: list[str], tokenizer: str) -> int:
 # ---------------------------------------------------------------- trainings with gradients that are not finite
 
 
-def train_with_nan(words: list[str], updates: list[int], fp16_on_cpu: bool = False) -> int:
+def train_with_nan(words: list[str], updates: list[int], fp16: bool = False) -> int:
     """A training whose gradients are NaN in these updates, with a loss that is finite: its exit code."""
-    with _nan_gradients(words, set(updates)), _fp16_on_cpu(fp16_on_cpu):
+    with _nan_gradients(words, set(updates)), fp16_on_cpu(fp16):
         return train(words)
 
 
@@ -180,7 +180,7 @@ def _nan_gradients(words: list[str], updates: set[int]) -> Iterator[None]:
 
 
 @contextmanager
-def _fp16_on_cpu(wanted: bool) -> Iterator[None]:
+def fp16_on_cpu(wanted: bool) -> Iterator[None]:
     """DeepSpeed refuses fp16 on a CPU, though torch computes it: the way to its loss scaler without a GPU."""
     if not wanted:
         yield

@@ -57,7 +57,7 @@ def work(folder: Path, data: TinyData, ranks: int) -> tuple[dict[str, Call], dic
                 overlay = _overlay(folder, name, {"fp16": settings["deepspeed_overlay"]})
                 settings = {**settings, "deepspeed_overlay": overlay}
             runs[name] = Run(folder / name, {**data.settings, **settings})
-            arguments = {"words": runs[name].words(), "updates": updates, "fp16_on_cpu": fp16}
+            arguments = {"words": runs[name].words(), "updates": updates, "fp16": fp16}
             calls[name] = Call(f"{tasks}:train_with_nan", arguments)
     if ranks == 1:
         more = {**runs["nan_at_the_end"].settings, "load_ckpt": "auto", "training_tokens": 20 * 256}

@@ -4,6 +4,7 @@ The one place that knows how DeepSpeed (0.19) keeps its state; saving and loadin
 
     optimizer                       when                                    its fp32 tensors
     AdamW (torch's)                 ZeRO-0                                  each parameter, the same on every rank
+    FP16_UnfusedOptimizer           ZeRO-0 in bf16 (wrong: the self-test)   fp32_groups, the same on every rank
     BF16_Optimizer                  ZeRO-1 in bf16 without offload          fp32_groups_flat_partition
     DeepSpeedZeroOptimizer          ZeRO-1 and 2 otherwise                  single_partition_of_fp32_groups
     DeepSpeedZeroOptimizer_Stage3   ZeRO-3                                  fp32_partitioned_groups_flat
@@ -70,6 +71,11 @@ def holders(engine: Any) -> Iterator[Holder]:
         for group, (parameters, low, flat) in enumerate(zip(groups, low_precision, flats, strict=True)):
             rank = dist.get_rank(group=optimizer.real_dp_process_group[group])
             yield Holder(flat, flat, list(_cuts(parameters, low, rank * flat.numel(), flat.numel(), names)), group)
+    elif kind == "FP16_UnfusedOptimizer":
+        for low, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            for parameter, master in zip(low, masters, strict=True):
+                piece = Piece(names[parameter], tuple(parameter.shape), 0, parameter.numel(), 0)
+                yield Holder(master.detach().view(-1), master, [piece])
     elif isinstance(optimizer, torch.optim.Optimizer):
         for parameter in (p for group in optimizer.param_groups for p in group["params"]):
             piece = Piece(names[parameter], tuple(parameter.shape), 0, parameter.numel(), 0)

@@ -38,6 +38,8 @@ from dsllama.checkpoint.holders import (
 # What a dynamic loss scaler has come to, as against how it was set up.
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+# (parameter, kind) -> all of its elements, 1-D.
+State = dict[tuple[str, str], Tensor]
 # Two of (1, T), int64: what the model is fed and what it is to predict.
 Pinned = tuple[Tensor, Tensor]
 # (parameter, kind, first element, 1-D tensor to fill)
@@ -133,6 +135,28 @@ def _data(engine: Any) -> Iterator[tuple[str, Tensor]]:
                     yield kind, torch.zeros(piece.numel) if whole is None else _part(whole, piece)
 
 
+@torch.no_grad()
+def whole(engine: Any) -> State:
+    """All of an engine's state in fp32, on every rank: for a model that fits. Collective."""
+    shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in engine.module.named_parameters()}
+    sizes = [shape.numel() for shape in shapes.values() for _ in KINDS]
+    memory = torch.zeros(sum(sizes), device=engine.device)
+    places = zip([(name, kind) for name in shapes for kind in KINDS], memory.split(sizes), strict=True)
+    state = dict(places)
+    for holder in holders(engine):
+        with resident(engine, holder) as here:
+            for kind, tensor in tensors(engine, here).items():
+                for piece in _share(engine, here):
+                    state[piece.name, kind][piece.start : piece.start + piece.numel].copy_(_part(tensor, piece))
+    dist.all_reduce(memory)  # each element is some rank's, and zero on the others
+    return state
+
+
+def optimizer_step(engine: Any) -> int:
+    """How many updates the optimizer has made, as far as this rank knows."""
+    return max((adam_step(engine, holder) for holder in holders(engine)), default=0)
+
+
 def _share(engine: Any, holder: Holder) -> Iterator[Piece]:
     """The pieces that this rank is to write of a holder."""
     rank, ranks, shared_out = dist.get_rank(), dist.get_world_size(), replicated(engine)
@@ -157,7 +181,7 @@ def description(engine: Any, pinned: Pinned) -> dict[str, Any]:
     return {
         "parameters": {name: list(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()},
         "shared": {name: names[id(p)] for name, p in everything if names[id(p)] != name},
-        "optimizer_step": max((adam_step(engine, holder) for holder in holders(engine)), default=0),
+        "optimizer_step": optimizer_step(engine),
         "engine": {name: int(getattr(engine, name)) for name in _COUNTERS},
         "loss_scaler": {name: getattr(scaler, name) for name in _SCALER_STATE if hasattr(scaler, name)},
         "pinned_loss": pinned_loss(engine, pinned),

@@ -23,10 +23,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from dsllama.config import TrainingConfig
 from dsllama.errors import Problem, UserError
 from dsllama.machine import missing_compiler, unusable_gpu
+from dsllama.model import IGNORE_INDEX
 from dsllama.optimizer import parameter_groups, settings_of
 from dsllama.scheduler import DEEPSPEED_NAME, Scheduler
 
@@ -238,6 +240,31 @@ def weights_are_finite(engine: Any) -> bool:
 def _loss_scaler(engine: Any) -> Any:
     """ZeRO's, which does not scale (`dynamic` is False) in bf16 and fp32; None where there is no wrapper."""
     return getattr(engine.optimizer, "loss_scaler", None)
+
+
+def update(
+    engine: Any,
+    get_batch: Callable[[], tuple[Tensor, Tensor]],
+    micro_steps: int,
+    after_the_first: Callable[[], None] = lambda: None,
+) -> tuple[Tensor, float | None]:
+    """One optimizer update: (this rank's sum of losses and number of targets that counted, both fp64; the gradients'
+    norm before clipping). after_the_first: called when a micro-step has been made."""
+    sums, norm = torch.zeros(2, dtype=torch.float64, device=engine.device), None
+    # DeepSpeed reports no norm for fp32 at stage 0; there it is taken from the gradients themselves.
+    is_plain = isinstance(engine.optimizer, torch.optim.Optimizer)
+    for micro_step in range(1, micro_steps + 1):
+        x, y = get_batch()
+        loss = engine(x, y)
+        engine.backward(loss)
+        sums[0] += loss.detach()
+        sums[1] += (y != IGNORE_INDEX).sum()
+        if is_plain and micro_step == micro_steps:
+            norm = plain_gradient_norm(engine)
+        step(engine)
+        if micro_step == 1:
+            after_the_first()
+    return sums, norm if is_plain else gradient_norm(engine)
 
 
 def step(engine: Any) -> None:

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from dsllama import arguments, console
 from dsllama.checkpoint.retention import LOCK, tidy
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
         job = prepare(_parse(argv), rank, world_size, holds)
         return _train(job, rank, world_size, holds)
     except UserError as error:
-        return _complain(str(error), rank, EXIT_USER_ERROR)
+        return complain(str(error), rank, EXIT_USER_ERROR)
     finally:
         holds.release()
 
@@ -90,6 +90,7 @@ class Holds:
 
 def _train(job: Job, rank: int, world_size: int, holds: Holds) -> int:
     # Only now: torch's distributed and DeepSpeed's engine take seconds to import.
+    from dsllama import selftest
     from dsllama.training import engine
     from dsllama.training.stopping import StopRequest
     from dsllama.training.trainer import Trainer, TrainingFailed
@@ -100,11 +101,11 @@ def _train(job: Job, rank: int, world_size: int, holds: Holds) -> int:
     try:
         world = engine.start(rank, world_size)
     except UserError as error:
-        return _complain(str(error), rank, EXIT_USER_ERROR)
+        return complain(str(error), rank, EXIT_USER_ERROR)
     try:
         job = _as_the_first_rank(job, world)
     except UserError as error:
-        return _complain(str(error) if world.is_main else "", rank, EXIT_USER_ERROR)
+        return complain(str(error) if world.is_main else "", rank, EXIT_USER_ERROR)
     finished = job.resume_from
     if finished is not None and finished.update >= job.derived.updates:
         if world.is_main:
@@ -117,18 +118,25 @@ def _train(job: Job, rank: int, world_size: int, holds: Holds) -> int:
         _announce(job)
     try:
         try:
+            earlier = job.resume_from.manifest.get("self_test") if job.resume_from else None
+            verdict, told = selftest.of_run(job.config, job.derived, job.ds_config, world, earlier)
+            if world.is_main:
+                print(told, flush=True)
+            if verdict["result"] == "failed":
+                return complain("", rank, EXIT_FAILED)
+            job = dataclasses.replace(job, self_test=verdict)
             trainer = Trainer(job, world, stop, holds.ckpt_dir)
             if problem := world.tell(_make_notes(job) if world.is_main else None):
                 raise UserError(problem)
         except UserError as error:  # DeepSpeed's, or a damaged checkpoint: the same on every rank
-            return _complain(str(error) if world.is_main else "", rank, EXIT_USER_ERROR)
+            return complain(str(error) if world.is_main else "", rank, EXIT_USER_ERROR)
         outcome = trainer.run()
     except UserError as error:  # data that turn out bad on the way, on whichever rank reads them
         print(f"rank {rank}: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     except TrainingFailed as error:
         # Every rank has come to the same, so one says it.
-        return _complain(f"training stopped: {error}" if world.is_main else "", rank, EXIT_FAILED)
+        return complain(f"training stopped: {error}" if world.is_main else "", rank, EXIT_FAILED)
     if world.is_main:
         _summarize(job, outcome)
     return EXIT_STOPPED if outcome.stopped_by else 0
@@ -178,7 +186,7 @@ def note_start(ckpt_dir: Path, files: dict[str, str]) -> Path:
     return folder
 
 
-def exit_process(code: int) -> None:
+def exit_process(code: int) -> NoReturn:
     """End the process with everything flushed and nothing torn down.
 
     DeepSpeed's threads now and then abort an interpreter that shuts down in order (SIGABRT after clean work).
@@ -309,6 +317,15 @@ def vocabulary(config: TrainingConfig, tokenizer_size: int) -> int:
     return config.vocab_size or tokenizer_size
 
 
+def vocabulary_so_far(config: TrainingConfig) -> tuple[int, bool]:
+    """(`vocabulary`, and whether it is only assumed) where the tokenizer need not be there yet."""
+    from dsllama.derived import DEFAULT_VOCABULARY
+
+    if Path(config.tokenizer_path).exists():
+        return vocabulary(config, Tokenizer.load(config.tokenizer_path).vocab_size), False
+    return config.vocab_size or DEFAULT_VOCABULARY, config.vocab_size is None
+
+
 @contextlib.contextmanager
 def _collecting(problems: list[Problem]) -> Iterator[None]:
     try:
@@ -337,7 +354,8 @@ def _device() -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if engine.accelerator() == "cuda" else "cpu"
 
 
-def _complain(text: str, rank: int, code: int) -> int:
+def complain(text: str, rank: int, code: int) -> int:
+    """Say what has ended this rank; returns the exit code."""
     if rank != 0:
         # Where the main rank has the same to say, the launcher ends this one meanwhile; else this one says it.
         time.sleep(_LET_MAIN_SPEAK_SECONDS)

@@ -69,6 +69,7 @@ class Job:
     validation: DatasetLoader | None
     resume_from: Checkpoint | None
     init_from: Checkpoint | None = None
+    self_test: dict[str, Any] | None = None
 
     @property
     def parallel_layout(self) -> dict[str, Any]:
@@ -146,8 +147,6 @@ class Trainer:
             policy = Policy(self.config.keep_last, c.keep_every, c.keep_best, c.keep_weights)
             self.retention = Retention(policy, Path(c.ckpt_dir), logger.warning, self.update)
         self.skips = self.skips_before = deepspeed_engine.skips(self.engine)
-        # The textbook's engine reports no norm for fp32 at stage 0; there it is taken from the gradients themselves.
-        self.norm_from_gradients = self.config.precision == "fp32" and job.parallel_layout["zero_stage"] == 0
         peak = self.config.peak_tflops or peak_tflops(world.device)
         self.peak_flops = peak * 1e12 * world.size if peak else None
         self.report: Report | None = None
@@ -202,33 +201,17 @@ class Trainer:
 
     def train_one_update(self) -> tuple[float, float | None, bool]:
         """One optimizer update: (mean loss over all ranks and micro-steps, gradient norm, does anyone want to stop)."""
-        steps = self.derived.gradient_accumulation_steps
-        grad_norm = None
-        # Sum of the losses, tokens that counted, stop requests, ranks whose part of a save is written, ranks that could
-        # not write it: one all-reduce for all.
-        sums = torch.zeros(5, dtype=torch.float64, device=self.world.device)
-        for micro_step in range(1, steps + 1):
-            x, y = self.loader.get_batch()
-            loss = self.engine(x, y)
-            self.engine.backward(loss)
-            sums[0] += loss.detach()
-            sums[1] += (y != IGNORE_INDEX).sum()
-            if self.norm_from_gradients and micro_step == steps:
-                grad_norm = deepspeed_engine.plain_gradient_norm(self.engine)
-            deepspeed_engine.step(self.engine)
-            if micro_step == 1 and self.update == self.first_update:
-                self._say_when(self.clock.seconds, steps)
-        sums[0] *= self.config.batch_size * self.config.max_seq_len  # the model divides by all positions
-        sums[2] += bool(self.stop)
-        sums[3:] += torch.tensor(self.saver.progress(), device=sums.device)
+        steps, first = self.derived.gradient_accumulation_steps, self.update == self.first_update
+        after_the_first = (lambda: self._say_when(self.clock.seconds, steps)) if first else lambda: None
+        own, grad_norm = deepspeed_engine.update(self.engine, self.loader.get_batch, steps, after_the_first)
+        own[0] *= self.config.batch_size * self.config.max_seq_len  # the model divides by all positions
+        # Beside these: stop requests, ranks whose part of a save is written, ranks that could not write it. One
+        # all-reduce for all.
+        sums = torch.cat([own, own.new_tensor([bool(self.stop), *self.saver.progress()])])
         dist.all_reduce(sums)
         total, counted, requests, written, failed = sums.tolist()
         self.all_have_written = written + failed == self.world.size
-        return (
-            total / counted,
-            grad_norm if self.norm_from_gradients else deepspeed_engine.gradient_norm(self.engine),
-            requests > 0,
-        )
+        return total / counted, grad_norm, requests > 0
 
     def _say_when(self, seconds: float, steps: int) -> None:
         """After the first micro-step: when the first row is to be expected, if that is not soon."""
@@ -351,6 +334,7 @@ class Trainer:
             "skipping": asdict(self.streak),
             "seed": config.seed,
             "versions": versions(),
+            "self_test": self.job.self_test,
         }
         # The tokenizer that the run began with: the file may have been moved, or trained anew, since.
         attachments = {**run_files(self.job), "tokenizer.json": self.job.tokenizer.content}

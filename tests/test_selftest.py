@@ -1,0 +1,193 @@
+"""The self-test finds each fault that is planted into an engine, by part and factor, and is quiet otherwise."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsllama.checkpoint.catalog import open_checkpoint
+from tests.conftest import Run, TinyData
+from tests.launches import Call, Launch
+
+Json = dict[str, Any]
+# Four micro-steps on two ranks.
+BASE: Json = {"zero_stage": 1, "precision": "fp32", "batch_size": 2, "tokens_per_update": 16 * 32}
+# Fault -> settings, and what the self-test must say first: what, part, factor (None: any).
+FAULTS: dict[str, tuple[Json, list[tuple[str, str, float | None]]]] = {
+    "times accumulation": ({}, [("gradient norm", "all", 4.0)]),
+    "divided by ranks": ({"zero_stage": 2, "precision": "bf16"}, [("gradient norm", "all", 0.5)]),
+    "no gradient in attention": ({"zero_stage": 3}, [("exp_avg", "attention", 0.0), ("exp_avg_sq", "attention", 0.0)]),
+    "rounded reduction": ({"precision": "bf16"}, [("exp_avg", part, 1.0) for part in ("attention", "head")]),
+    "stage 0 in bf16": ({"precision": "bf16"}, [("AdamW's step", "all", None), ("weight at the start", "head", None)]),
+    "one step too many": ({"zero_stage": 2}, [("AdamW's step", "all", None), ("weight at the start", "norms", None)]),
+    "twice the decay": ({"zero_stage": 2}, [("weight's change", part, None) for part in ("head", "norms")]),
+    "late rate": ({}, [("learning rate", "all", None)]),
+    "no clipping": ({"zero_stage": 3, "precision": "bf16"}, [("exp_avg", part, None) for part in ("head", "norms")]),
+    "tiled loss": ({"precision": "bf16"}, [("exp_avg", "head", 0.0)]),
+    "other data": ({"zero_stage": 2}, [("loss", "all", None), ("gradient norm", "all", None)]),
+    "stale copy": ({}, [("weight's copy", "norms", None)]),
+    "moments lost": ({}, [("exp_avg_sq after loading", part, 0.0) for part in ("embedding", "norms", "head")]),
+}
+QUIET: dict[str, Json] = {
+    "fp32, stage 0": {"zero_stage": 0},
+    "bf16, stage 0, which runs as 1": {"zero_stage": 0, "precision": "bf16"},
+    "bf16, stage 2, checkpointing": {"zero_stage": 2, "precision": "bf16", "activation_checkpointing": True},
+    "bf16, stage 3, one micro-step, no clipping": {
+        "zero_stage": 3, "precision": "bf16", "tokens_per_update": 4 * 32, "gradient_clipping": 0.0,
+    },
+    "fp32, stage 3, tied, grouped": {"zero_stage": 3, "tie_embeddings": True, "n_kv_heads": 2},
+    "fp16, stage 2": {"zero_stage": 2, "precision": "fp16"},
+    "DeepSpeed's own files": {"zero_stage": 2, "checkpoint_format": "deepspeed"},
+}  # fmt: skip
+BLAMED = "no gradient where recomputed"
+
+
+def _on(settings: Json, root: Path, **more: Any) -> Call:
+    return Call("tests.selftests:verdict", {"settings": BASE | settings, "root": str(root), **more})
+
+
+@pytest.fixture(scope="module")
+def runs(shared_folder: Path, tiny_data: TinyData) -> dict[str, Run]:
+    """Trainings of three updates, most with the self-test before the first."""
+    root = shared_folder / "selftest_runs"
+    settings = {**tiny_data.settings, "training_tokens": 3 * 256, "warmup_iterations": 1}
+    tested = {**settings, "self_test": "auto"}
+    found = {"off": settings, "first": tested, "second": tested, "faulty": tested, "other": {**tested, "n_layers": 1}}
+    runs = {name: Run(root / name, each) for name, each in found.items()}
+    longer = {**tested, "training_tokens": 4 * 256, "load_ckpt": "auto", "use_prev_scheduler": False}
+    return runs | {"longer": Run(root / "first", longer)}
+
+
+@pytest.fixture(scope="module")
+def launch(shared_folder: Path, runs: dict[str, Run]) -> Launch:
+    """Both ranks: every fault, a spread of what is sound, and trainings."""
+    root = shared_folder / "selftest_root"
+    work = {fault: _on(settings, root, fault=fault) for fault, (settings, _) in FAULTS.items()}
+    work |= {name: _on(settings, root) for name, settings in QUIET.items()}
+    work[BLAMED] = _on({"activation_checkpointing": True, "zero_stage": 2}, root, fault=BLAMED, search=True)
+    for name, run in runs.items():
+        arguments = {"words": run.words(), "cache": str(root / "cache")}
+        fault = {"fault": "times accumulation"} if name == "faulty" else {}
+        if fault:
+            arguments["cache"] = str(root / "no_cache")
+        work[f"run {name}"] = Call("tests.selftests:train", arguments | fault)
+    return Launch(shared_folder / "selftest", 2, work)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_names_each_fault_by_part_and_factor(launch: Launch, fault: str) -> None:
+    told = launch[fault].value
+    assert told["result"] == "failed"
+    found = {(each["what"], each["part"]): each for each in told["failed"]}
+    for what, part, factor in FAULTS[fault][1]:
+        each = found[what, part]
+        assert each["deviation"] > 10 * each["limit"], each
+        assert f"{what} " in told["said"]
+        if factor is not None:
+            assert each["factor"] == pytest.approx(factor, abs=2e-3)
+
+
+@pytest.mark.parametrize("name", QUIET)
+def test_is_quiet_on_sound_engines(launch: Launch, name: str) -> None:
+    _assert_quiet(launch[name].value)
+
+
+def _assert_quiet(told: Json) -> None:
+    assert told["result"] == "passed", told["said"]
+    assert max(told["margins"].values()) < 0.1, told["margins"]
+
+
+def test_finds_the_setting_that_is_to_blame(launch: Launch) -> None:
+    told = launch[BLAMED].value
+    assert told["blame"] == ["activation_checkpointing True"], told["said"]
+    assert "it passes without activation_checkpointing True" in told["said"]
+
+
+def test_a_run_is_tested_once_and_says_so(launch: Launch, runs: dict[str, Run]) -> None:
+    first, second, other, longer = (launch[f"run {name}"] for name in ("first", "second", "other", "longer"))
+    assert [each.value for each in (first, second, other, longer)] == [0, 0, 0, 0]
+    assert "self-test    passed" in first.said and "kept from" not in first.said
+    assert "self-test    passed" in second.said and "kept from" in second.said
+    assert "self-test    passed" in other.said and "kept from" not in other.said  # another model
+    assert "self-test    passed" in longer.said and "kept from" not in longer.said  # another schedule
+    verdict = open_checkpoint(runs["first"].checkpoint(3)).manifest["self_test"]
+    assert verdict["result"] == "passed" and verdict["worst"]["ratio"] < 0.1
+    assert open_checkpoint(runs["second"].checkpoint(3)).manifest["self_test"] == verdict
+
+
+def test_it_leaves_the_run_as_it_is(launch: Launch, runs: dict[str, Run]) -> None:
+    off = launch["run off"]
+    assert off.value == 0 and "self-test    off" in off.said
+    tested = runs["first"].losses()
+    assert {update: tested[update] for update in (1, 2, 3)} == runs["off"].losses()
+    names = [sorted(path.name for path in (runs[each].folder / "checkpoints").iterdir()) for each in ("first", "off")]
+    assert names[0] == [*names[1], "update_0000004"]
+    assert open_checkpoint(runs["off"].checkpoint(3)).manifest["self_test"] == {"result": "off"}
+
+
+def test_a_run_whose_engine_is_wrong_does_not_begin(launch: Launch, runs: dict[str, Run]) -> None:
+    faulty = launch["run faulty"]
+    assert faulty.code == 0 and faulty.value == 1
+    assert "self-test    FAILED" in faulty.said and "gradient norm" in faulty.said
+    assert "it passes without gradient accumulation" in faulty.said
+    assert not list((runs["faulty"].folder / "checkpoints").glob("update_*"))
+
+
+# ---------------------------------------------------------------- all of it
+
+_MATRIX = [
+    {
+        "zero_stage": stage,
+        "precision": precision,
+        "offload_optimizer": offload,
+        "tokens_per_update": 4 * 32 * steps,
+        "activation_checkpointing": recompute,
+    }
+    for stage, precision, offload, steps, recompute in product(
+        (0, 1, 2, 3), ("bf16", "fp32"), ("none", "cpu", "nvme"), (1, 4), (False, True)
+    )
+    if offload == "none" or (offload == "cpu" and stage) or (offload == "nvme" and stage == 3)
+]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_is_quiet_on_the_whole_matrix(shared_folder: Path, ranks: int) -> None:
+    root = shared_folder / "matrix"
+    work, worst = {}, 0.0
+    for settings in _MATRIX:
+        nvme = {"nvme_path": str(root / "nvme"), "n_embd": 256} if settings["offload_optimizer"] == "nvme" else {}
+        more = {"tokens_per_update": settings["tokens_per_update"] // 2 * ranks, **nvme}
+        work[str(settings)] = _on(settings | more, root)
+    launch = Launch(shared_folder / f"selftest_matrix_{ranks}", ranks, work)
+    for name in work:
+        told = launch[name].value
+        _assert_quiet(told)
+        worst = max(worst, *told["margins"].values())
+        print(ranks, name, {what: f"{ratio:.2g}" for what, ratio in told["margins"].items() if ratio})
+    print(f"{len(work)} on {ranks} ranks: the largest deviation is {worst:.2g} of its limit")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_is_quiet_when_compiled(shared_folder: Path, precision: str) -> None:
+    settings = {"enable_compilation": True, "precision": precision}
+    work = {f"stage {stage}": _on(settings | {"zero_stage": stage}, shared_folder) for stage in (0, 1, 2, 3)}
+    launch = Launch(shared_folder / f"selftest_compiled_{precision}", 2, work)
+    for name in work:
+        _assert_quiet(launch[name].value)
+        print(precision, name, launch[name].value["margins"])
+
+
+@pytest.mark.long
+def test_finds_moments_that_deepspeeds_own_load_loses_on_nvme(shared_folder: Path) -> None:
+    root = shared_folder / "lost"
+    settings = {"zero_stage": 3, "offload_optimizer": "nvme", "nvme_path": str(root), "n_embd": 256}
+    work = {"lost": _on(settings | {"checkpoint_format": "deepspeed"}, root)}
+    told = Launch(shared_folder / "selftest_lost", 2, work)["lost"].value
+    print(told["said"])
+    assert told["result"] == "failed"
+    assert {each["what"] for each in told["failed"]} & {"exp_avg after loading", "weight after loading"}
