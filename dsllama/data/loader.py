@@ -16,7 +16,6 @@ import logging
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -25,7 +24,7 @@ import numpy.typing as npt
 import torch
 
 from dsllama.data.order import permute
-from dsllama.data.stream import TokenStream
+from dsllama.data.stream import TokenStream, outside_vocabulary
 from dsllama.errors import Problem, UserError
 from dsllama.model import IGNORE_INDEX
 
@@ -74,9 +73,11 @@ class DatasetLoader:
         tokens_per_update: int | None = None,
     ):
         _check_arguments(batch, seq_len, process_rank, num_processes, device, split)
-        self.device = _with_index(torch.device(device))
-        opened = dataset_dir if isinstance(dataset_dir, TokenStream) else TokenStream(dataset_dir, vocab_size)
-        self.stream: TokenStream = opened
+        self.device = torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None:
+            # The device as it is meant now, by this thread: another thread's current device may be another.
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        self.stream = dataset_dir if isinstance(dataset_dir, TokenStream) else TokenStream(dataset_dir, vocab_size)
         _check_sizes(self.stream, seq_len, validation_tokens, split, tokens_per_update)
         training_tokens = self.stream.tokens - validation_tokens
         self.tokens = training_tokens if split == "train" else validation_tokens
@@ -235,7 +236,8 @@ class _Batches:
         self.global_micro_batch = self._batch * ranks
         # Not far beyond an epoch, because each epoch has an order of its own to set up.
         self._planned = max(1, min(_PLANNED_SAMPLES // self._batch, self.samples // self.global_micro_batch))
-        self._plan = lru_cache(maxsize=2)(self._offsets)
+        # Not an lru_cache of the method, whose circle would keep the shards open until the next garbage collection.
+        self._plan: tuple[Any, npt.NDArray[np.int64]] = None, np.empty(0, np.int64)
 
     def batch_at(self, position: int, once: bool = False) -> Batch:
         """The rows of the micro-step that begins with this sample.
@@ -243,7 +245,10 @@ class _Batches:
         once: after the last sample, rows without targets instead of another epoch.
         """
         step = position // self.global_micro_batch % self._planned
-        return self.gather(self._plan(position - step * self.global_micro_batch, once)[step])
+        plan, which = self._plan, (position - step * self.global_micro_batch, once)
+        if plan[0] != which:
+            plan = self._plan = which, self._offsets(*which)
+        return self.gather(plan[1][step])
 
     def _offsets(self, position: int, once: bool) -> npt.NDArray[np.int64]:
         """Where in the part each row of the micro-steps from a position on begins: (planned steps, B)."""
@@ -259,9 +264,17 @@ class _Batches:
 
     def gather(self, offsets_B: npt.NDArray[np.int64]) -> Batch:
         """The rows that begin at these tokens of the part, in memory of their own."""
-        length = self._seq_len
-        rows = self._one_slice(offsets_B) if self._is_one_slice(offsets_B) else self._row_by_row(offsets_B)
-        outside = self._stream.outside_vocabulary(rows)
+        batch, length = len(offsets_B), self._seq_len
+        first, last = int(offsets_B[0]), int(offsets_B[-1])
+        in_order = self._seed is None or batch == 1
+        if in_order and last - first == (batch - 1) * length and last + length < self._tokens:
+            # They follow each other in the stream and none is short: without a copy, as a row's last token is the next
+            # row's first.
+            flat = self._stream.read(self._start + first, self._start + last + length + 1)
+            rows = np.ndarray((batch, length + 1), flat.dtype, flat, strides=(length * flat.itemsize, flat.itemsize))
+        else:
+            rows = self._row_by_row(offsets_B)
+        outside = outside_vocabulary(rows, self._stream.vocab_size)
         if outside is not None:
             row, column = np.unravel_index(int(outside.argmax()), outside.shape)
             position = self._start + int(offsets_B[row]) + int(column)
@@ -277,19 +290,6 @@ class _Batches:
             x[row, targets:] = 0
             y[row, targets:] = IGNORE_INDEX
         return tokens[0], tokens[1]
-
-    def _is_one_slice(self, offsets_B: npt.NDArray[np.int64]) -> bool:
-        """Whether the rows follow each other in the stream and none is short."""
-        first, last = int(offsets_B[0]), int(offsets_B[-1])
-        in_order = self._seed is None or len(offsets_B) == 1
-        return in_order and last - first == (len(offsets_B) - 1) * self._seq_len and last + self._seq_len < self._tokens
-
-    def _one_slice(self, offsets_B: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-        """(B, T + 1) tokens without a copy: a row's last token is the next row's first."""
-        batch, length = len(offsets_B), self._seq_len
-        start = self._start + int(offsets_B[0])
-        flat = self._stream.read(start, start + batch * length + 1)
-        return np.ndarray((batch, length + 1), flat.dtype, flat, strides=(length * flat.itemsize, flat.itemsize))
 
     def _row_by_row(self, offsets_B: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
         """(B, T + 1) tokens, zeros where the part has ended."""
@@ -349,10 +349,3 @@ def _check_sizes(
         problems.append(Problem("tokens_per_update", rule, remedy, tokens_per_update))
     if problems:
         raise UserError(problems, _TITLE)
-
-
-def _with_index(device: torch.device) -> torch.device:
-    """The device "cuda" as it is meant now, by this thread: another thread's current device may be another."""
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
