@@ -30,6 +30,8 @@ from dsllama.files import digest
 
 TOKEN_DTYPES = ("uint16", "uint32", "int32", "int64")
 
+# Readers of a `.npy` file's header by its format; 3.0 is only for named fields.
+_HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 _OPEN_SHARDS = 128  # each open map holds a file descriptor, and 1,024 of them is a common limit
 _SAMPLE_TOKENS = 1024
 _SAMPLES = 1024  # blocks sampled over the whole data set, so that opening stays cheap on a network disk
@@ -154,7 +156,10 @@ def _open_shard(path: Path, expected: ManifestShard | None, manifest: Manifest |
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            shape, dtype = _read_header(file)
+            version = npy.read_magic(file)
+            if version not in _HEADERS:
+                raise ValueError(f"format version {version[0]}.{version[1]}")
+            shape, _, dtype = _HEADERS[version](file)
             offset = file.tell()
     except FileNotFoundError:
         rule = "is in the manifest but not in the folder" if expected else "is a link to a file that does not exist"
@@ -187,16 +192,6 @@ def _open_shard(path: Path, expected: ManifestShard | None, manifest: Manifest |
     if problems:
         raise UserError(problems)
     return _Shard(path, dtype, tokens, offset)
-
-
-def _read_header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and dtype of a `.npy` file, which is left at its first byte of data."""
-    version = npy.read_magic(file)
-    if version not in ((1, 0), (2, 0)):
-        raise ValueError(f"format version {version[0]}.{version[1]}")  # 3.0 is only for named fields
-    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-    shape, _, dtype = read(file)
-    return shape, dtype
 
 
 def _sample(shard: _Shard, blocks: int, vocab_size: int | None) -> str:
