@@ -35,9 +35,14 @@ class FastEncoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self.may_cut = _is_plain(json.loads(tokenizer.backend.to_str()))
-        self.slow_because = _unfit(tokenizer)
-        if not self.slow_because:
+        described = json.loads(tokenizer.backend.to_str())
+        self.may_cut = _is_plain(described)
+        self.slow_because = ""
+        if not self.may_cut or described["model"].get("ignore_merges"):
+            self.slow_because = "the tokenizer is not a plain byte-level BPE"
+        elif not _ids_follow_merges(tokenizer, described["model"]):
+            self.slow_because = "the tokenizer's ids do not follow its merges"
+        else:
             self._tiktoken = _tiktoken_encoding(tokenizer)
             if self._with_tiktoken(_SAMPLE).tolist() != tokenizer.encode(_SAMPLE):
                 self.slow_because = "tiktoken gives other ids for a sample of text"
@@ -66,15 +71,6 @@ class FastEncoder:
             return self._tiktoken.encode_to_numpy(text, disallowed_special=())
         except ValueError:  # a run of some 100,000 blanks overflows the stack of its pattern's engine
             return np.array(self._tokenizer.encode(text), dtype=np.uint32)
-
-
-def _unfit(tokenizer: Tokenizer) -> str:
-    """Why tiktoken cannot stand in for this tokenizer; empty where it can."""
-    described = json.loads(tokenizer.backend.to_str())
-    model = described["model"]
-    if not _is_plain(described) or model.get("ignore_merges"):
-        return "the tokenizer is not a plain byte-level BPE"
-    return "" if _ids_follow_merges(tokenizer, model) else "the tokenizer's ids do not follow its merges"
 
 
 def _is_plain(described: dict[str, Any]) -> bool:
