@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def _parser() -> Parser:
     )
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
-    def add(name: str, verb: Verb, text: str, verbs: Any = verbs) -> argparse.ArgumentParser:
+    def add(name: str, verb: Verb | None, text: str, verbs: Any = verbs) -> argparse.ArgumentParser:
         sub = verbs.add_parser(name, help=text, description=text)
         sub.set_defaults(verb=verb)
         return sub
@@ -109,14 +110,13 @@ def _parser() -> Parser:
     sub.add_argument("--top_p", type=_number, default=0.95, help="nucleus")
     sub.add_argument("--seed", type=_count, help="for the same text again (default: another one each time)")
 
-    text = "what checkpoints there are, and whether they are whole"
-    sub = verbs.add_parser("checkpoints", help=text, description=text)
+    sub = add("checkpoints", None, "what checkpoints there are, and whether they are whole")
     those = sub.add_subparsers(metavar="WHAT", required=True)
-    for name, verb, text in (
-        ("list", _list_checkpoints, "a line for each checkpoint, by its manifest and the sizes of its files"),
-        ("verify", _verify_checkpoints, "read everything; exit code 1 if anything is not as it was saved"),
+    for name, text in (
+        ("list", "a line for each checkpoint, by its manifest and the sizes of its files"),
+        ("verify", "read everything; exit code 1 if anything is not as it was saved"),
     ):
-        sub = add(name, verb, text, those)
+        sub = add(name, partial(_show_checkpoints, read=name == "verify"), text, those)
         sub.add_argument("path", type=_path, help="a folder of checkpoints, or one checkpoint")
         sub.add_argument("--json", dest="as_json", action="store_true", help="for programs")
 
@@ -243,14 +243,6 @@ def _generate(checkpoint: Path, **options: Any) -> int:
     return 0
 
 
-def _list_checkpoints(path: Path, as_json: bool) -> int:
-    return _show_checkpoints(path, as_json, read=False)
-
-
-def _verify_checkpoints(path: Path, as_json: bool) -> int:
-    return _show_checkpoints(path, as_json, read=True)
-
-
 def _show_checkpoints(path: Path, as_json: bool, read: bool) -> int:
     from dsllama.checkpoint.catalog import checkpoints_at, summary
 
@@ -262,33 +254,24 @@ def _show_checkpoints(path: Path, as_json: bool, read: bool) -> int:
     return int(read and any(each["problems"] for each in told))
 
 
-def _prune_checkpoints(
-    path: Path,
-    keep_last: int,
-    keep_every: int | None,
-    keep_best: int,
-    keep_weights: bool,
-    as_json: bool,
-    **options: Any,
-) -> int:
+def _prune_checkpoints(path: Path, as_json: bool, dry_run: bool, damaged: bool, **kept: Any) -> int:
     from dsllama.checkpoint.retention import Policy, prune
 
-    least = {"--keep_last": (1, keep_last), "--keep_every": (1, keep_every), "--keep_best": (0, keep_best)}
     problems = [
-        Problem(name, f"must be at least {low}", "the newest whole one always stays", value)
-        for name, (low, value) in least.items()
-        if value is not None and value < low
+        Problem(f"--{name}", f"must be at least {low}", "the newest whole one always stays", kept[name])
+        for name, low in {"keep_last": 1, "keep_every": 1, "keep_best": 0}.items()
+        if kept[name] is not None and kept[name] < low
     ]
     if problems:
         raise UserError(problems)
-    policy = Policy(keep_last, keep_every, keep_best, keep_weights)
-    told = prune(path, policy, warn=lambda text: print(text, file=sys.stderr), **options)
+    policy = Policy(**{name.removeprefix("keep_"): value for name, value in kept.items()})
+    told = prune(path, policy, damaged, dry_run, warn=partial(print, file=sys.stderr))
     if as_json:
         print(json.dumps(told, indent=1))
         return 0
-    would = "would be " if options["dry_run"] else ""
+    would = "would be " if dry_run else ""
     said = {"removed": f"{would}removed", "weights": f"{would}left with weights only", "kept": "kept"}
-    said["damaged"] = f"damaged, {would}removed" if options["damaged"] else "damaged, and left (see --damaged)"
+    said["damaged"] = f"damaged, {would}removed" if damaged else "damaged, and left (see --damaged)"
     lines = [f"{said[what]:12} {', '.join(names)}" for what, names in told.items() if names]
     print("\n".join(lines))
     return 0

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -200,6 +202,7 @@ class TrainingConfig(BaseModel):
     def __init__(self, /, **values: Any) -> None:
         problems = [_unknown(name) for name in values if name not in type(self).model_fields]
         known = {name: value for name, value in values.items() if name in type(self).model_fields}
+        wrong: dict[str, str] = {}
         try:
             super().__init__(**known)
         except ValidationError as error:
@@ -207,8 +210,6 @@ class TrainingConfig(BaseModel):
             problems += [_wrong_value(name, known[name], message) for name, message in wrong.items()]
             # The sound fields are still held against each other, so that the user sees everything at once.
             super().__init__(**{name: value for name, value in known.items() if name not in wrong})
-        else:
-            wrong = {}
         problems += rules.check(self, skip=set(wrong))
         if problems:
             raise UserError(problems, "the configuration is wrong")
@@ -245,9 +246,10 @@ def load_config(path: str | Path | None = None, overrides: dict[str, Any] | None
 
 def read_settings(path: Path) -> dict[str, Any]:
     """The mapping in a YAML or JSON file; UserError with file and line if it is not one."""
+    no_repeats = partial(_no_repeats, path)
     try:
         text = path.read_text(encoding="utf-8-sig")
-        values = json.loads(text, object_pairs_hook=_no_repeats) if path.suffix == ".json" else yaml.load(text, _Loader)
+        values = json.loads(text, object_pairs_hook=no_repeats) if path.suffix == ".json" else yaml.load(text, _Loader)
     except FileNotFoundError:
         ready = sorted(str(p) for p in Path("configs").glob("*.yaml"))
         remedy = f"ready ones: {', '.join(ready)}" if ready else "give the path of a YAML or JSON file"
@@ -267,8 +269,6 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise UserError(Problem(where, f"cannot be read as YAML ({reason})", remedy)) from None
     except RecursionError:
         raise UserError(Problem(str(path), "is nested too deeply", "it needs `field: value` lines only")) from None
-    except _GivenTwice as error:
-        raise UserError(Problem(str(path), str(error), "keep one of them")) from None
     except (ValueError, KeyError, IndexError, AttributeError, TypeError) as error:  # of a value such as `!!int x`
         rule = f"holds a value that is none ({error})"
         raise UserError(Problem(str(path), rule, "leave its tag out, or write a shorter number")) from None
@@ -292,14 +292,13 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
+            problem = ""
             if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.MarkedYAMLError(
-                    problem="a key must be a word; a value in braces needs quotes", problem_mark=key_node.start_mark
-                )
-            if key_node.value in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"{key_node.value!r} is given twice", problem_mark=key_node.start_mark
-                )
+                problem = "a key must be a word; a value in braces needs quotes"
+            elif key_node.value in seen:
+                problem = f"{key_node.value!r} is given twice"
+            if problem:
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 
@@ -319,24 +318,16 @@ def _construct_number(loader: _Loader, node: yaml.ScalarNode) -> int | float:
 _Loader.add_constructor("dsllama", _construct_number)
 
 
-class _GivenTwice(ValueError):
-    pass
-
-
-def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    repeated = sorted({name for name in names if names.count(name) > 1})
+def _no_repeats(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    repeated = sorted(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
     if repeated:
-        raise _GivenTwice(f"gives {', '.join(map(repr, repeated))} twice")
+        raise UserError(Problem(str(path), f"gives {', '.join(map(repr, repeated))} twice", "keep one of them"))
     return dict(pairs)
 
 
 def _unknown(name: str) -> Problem:
-    return Problem(
-        name,
-        "there is no such field",
-        did_you_mean(name, TrainingConfig.model_fields, "`dsllama config` shows all fields"),
-    )
+    remedy = did_you_mean(name, TrainingConfig.model_fields, "`dsllama config` shows all fields")
+    return Problem(name, "there is no such field", remedy)
 
 
 def _wrong_value(name: str, value: Any, message: str) -> Problem:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 from dsllama.errors import Problem, UserError
 
@@ -30,6 +32,11 @@ def sha256(path: Path) -> str:
     """A file's checksum, in hex. Raises OSError."""
     with path.open("rb", buffering=0) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(content: Any) -> str:
+    """By which a plain value is known again, whatever the order of its keys."""
+    return "sha256:" + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def write_own(path: Path, text: str) -> None:

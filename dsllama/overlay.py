@@ -62,11 +62,6 @@ def read_overlay(config: TrainingConfig) -> Json:
     return read_settings(path)
 
 
-def unsound(overlay: Json, file: str) -> Iterator[Problem]:
-    """What is wrong with an overlay by itself: unknown keys, values of another type or out of range."""
-    yield from _unsound(overlay, _known_keys(), file, ())
-
-
 def said(overlay: Json) -> Json:
     """The overlay without what it leaves to us."""
     kept = {key: said(value) if isinstance(value, dict) else value for key, value in overlay.items()}
@@ -91,21 +86,24 @@ def leaves(tree: Json, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
             yield (*path, str(key)), value
 
 
-def _unsound(section: Json, known: Json, file: str, path: tuple[str, ...]) -> Iterator[Problem]:
+def unsound(section: Json, file: str, known: Json | None = None, path: tuple[str, ...] = ()) -> Iterator[Problem]:
+    """What is wrong with an overlay by itself: unknown keys, values of another type or out of range."""
+    known = _known_keys() if known is None else known
     for key, value in section.items():
         where = f"{file}: {'.'.join((*path, str(key)))}"
         if key not in known:
             instead = _ELSEWHERE.get(key)
             rule = f"has no effect here: {instead}" if instead else "DeepSpeed has no such key here"
             yield Problem(where, rule, "leave it out" if instead else did_you_mean(str(key), known, _REFERENCE))
-        elif isinstance(known[key], dict) and value is not None and value != "auto":
-            if isinstance(value, dict):
-                yield from _unsound(value, known[key], file, (*path, str(key)))
-            else:
-                yield Problem(where, "must be a section { ... }", _REFERENCE, value)
+        elif value is None or value == "auto":
+            continue
+        elif isinstance(known[key], dict) and isinstance(value, dict):
+            yield from unsound(value, file, known[key], (*path, str(key)))
+        elif isinstance(known[key], dict):
+            yield Problem(where, "must be a section { ... }", _REFERENCE, value)
         elif key == "output_file" and isinstance(value, str) and Path(value).exists():
             yield Problem(where, "is there already, and would be written over", "name a new file", value)
-        elif value is not None and value != "auto" and (rule := _broken_rule(known[key], value)):
+        elif rule := _broken_rule(known[key], value):
             yield Problem(where, rule, "write such a value, or leave the key out", value)
 
 

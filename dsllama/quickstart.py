@@ -7,12 +7,14 @@ Each stage that is done already is kept. A run that was interrupted goes on; one
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,7 @@ from dsllama.training.reporting import read_log, samples_file
 from dsllama.training.stopping import EXIT_STOPPED
 
 _READY_CONFIGURATION = Path(__file__).parent / "quickstart.yaml"
+_say = partial(print, flush=True)
 
 
 def quickstart(folder: Path, fresh: bool = False, ranks: int | None = None, overrides: list[str] | None = None) -> int:
@@ -75,12 +78,9 @@ def quickstart(folder: Path, fresh: bool = False, ranks: int | None = None, over
         _say(f"training     goes on from {done.path} ({done.update} updates); ARGS=--fresh would start it anew")
     command = launch_command(config_file, ranks)
     _say("training     " + " ".join(command))
-    code = run_launcher(command)
-    if code == EXIT_STOPPED:
-        _say("stopped, with a checkpoint; `make quickstart` goes on from it")
-        return code
-    if code != 0:
-        _say(f"training ended with exit code {code}; what it said is above")
+    if code := run_launcher(command):
+        stopped = "stopped, with a checkpoint; `make quickstart` goes on from it"
+        _say(stopped if code == EXIT_STOPPED else f"training ended with exit code {code}; what it said is above")
         return code
     return _summarize(folder, config, config_file, ranks, time.monotonic() - begun)
 
@@ -110,20 +110,19 @@ def launch_command(config_file: Path, ranks: int) -> list[str]:
     launcher = Path(sys.executable).with_name("deepspeed")
     found = str(launcher) if launcher.exists() else "deepspeed"
     script = ["launch/train.py"] if Path("launch/train.py").exists() else ["--module", "dsllama.training.run"]
-    where = ["--include", f"localhost:{','.join(_gpus()[:ranks])}"] if _gpus() else ["--num_gpus", str(ranks)]
+    gpus = _gpus()
+    where = ["--include", f"localhost:{','.join(gpus[:ranks])}"] if gpus else ["--num_gpus", str(ranks)]
     return [found, *where, "--master_port", free_port(), *script, "--config", str(config_file)]
 
 
 def _gpus() -> list[str]:
     """The numbers of the GPUs that may be used. DeepSpeed's --num_gpus would count from 0, whatever is visible."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    numbers = [number.strip() for number in visible.split(",") if number.strip()]
-    if not torch.cuda.device_count():
-        return []
-    if not all(number.isdecimal() for number in numbers):
+    visible, count = os.environ.get("CUDA_VISIBLE_DEVICES", ""), torch.cuda.device_count()
+    numbers = [number.strip() for number in visible.split(",") if number.strip()] or [str(n) for n in range(count)]
+    if count and not all(number.isdecimal() for number in numbers):
         rule = "must be numbers, which are what DeepSpeed's launcher understands"
         raise UserError(Problem("CUDA_VISIBLE_DEVICES", rule, "write those that `nvidia-smi -L` shows", visible))
-    return numbers[: torch.cuda.device_count()] or [str(number) for number in range(torch.cuda.device_count())]
+    return numbers[:count]
 
 
 def run_launcher(command: list[str]) -> int:
@@ -161,13 +160,10 @@ def check_torch() -> None:
 
 
 def _settings(overrides: list[str]) -> dict[str, Any]:
-    changes: dict[str, Any] = {}
-    for text in overrides:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise UserError(Problem(text, "must be FIELD=VALUE", "for example n_layers=6"))
-        changes[name] = value_of(name, value)
-    return changes
+    problems = [Problem(text, "must be FIELD=VALUE", "for example n_layers=6") for text in overrides if "=" not in text]
+    if problems:
+        raise UserError(problems)
+    return {name: value_of(name, value) for name, _, value in (text.partition("=") for text in overrides)}
 
 
 def _configuration(folder: Path, changes: dict[str, Any], done: Checkpoint | None, ranks: int | None) -> TrainingConfig:
@@ -179,21 +175,21 @@ def _configuration(folder: Path, changes: dict[str, Any], done: Checkpoint | Non
         "log_file": str(folder / "log.csv"),
         "load_ckpt": "auto",
     }
-    if done is not None:
-        theirs = done.config().replace(**paths)
-        config = theirs.replace(**changes)
-        ours, saved = config.to_dict(), theirs.to_dict()
-        others = [name for name in changes if ours[name] != saved[name] and name != "training_tokens"]
-        if others:
-            remedy = "--fresh starts anew with it (the earlier run is moved aside), --dir DIR beside it"
-            rule = "is not what the run in {} has: {!r}"
-            raise UserError(
-                [Problem(name, rule.format(folder, saved[name]), remedy, ours[name]) for name in others],
-                "there is a run with other settings",
-            )
-        return config
-    config = load_config(None, {**read_settings(_READY_CONFIGURATION), **paths, **changes})
-    return config if "precision" in changes else config.replace(precision=_faster_precision(config, ranks))
+    if done is None:
+        config = load_config(None, {**read_settings(_READY_CONFIGURATION), **paths, **changes})
+        return config if "precision" in changes else config.replace(precision=_faster_precision(config, ranks))
+    theirs = done.config().replace(**paths)
+    config = theirs.replace(**changes)
+    ours, saved = config.to_dict(), theirs.to_dict()
+    remedy = "--fresh starts anew with it (the earlier run is moved aside), --dir DIR beside it"
+    problems = [
+        Problem(name, f"is not what the run in {folder} has: {saved[name]!r}", remedy, ours[name])
+        for name in changes
+        if ours[name] != saved[name] and name != "training_tokens"
+    ]
+    if problems:
+        raise UserError(problems, "there is a run with other settings")
+    return config
 
 
 def _faster_precision(config: TrainingConfig, ranks: int | None) -> str:
@@ -201,19 +197,17 @@ def _faster_precision(config: TrainingConfig, ranks: int | None) -> str:
     takes half the time of an fp32 one, and without them three times as long."""
     if torch.cuda.is_available():
         return half_precision()
+    types = {"fp32": torch.float32, "bf16": torch.bfloat16}
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, usable_cores() // (ranks or default_ranks(config))))
     try:
-        seconds = {precision: _seconds_per_step(config, dtype) for precision, dtype in _TYPES.items()}
+        seconds = {name: _seconds_per_step(config, dtype) for name, dtype in types.items()}
     finally:
         torch.set_num_threads(threads)
     faster = min(seconds, key=lambda precision: seconds[precision])
     told = ", ".join(f"{time * 1000:.0f} ms in {precision}" for precision, time in seconds.items())
     _say(f"precision    {faster}: on this CPU a forward and backward of one sequence takes {told}")
     return faster
-
-
-_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def _seconds_per_step(config: TrainingConfig, dtype: torch.dtype) -> float:
@@ -293,16 +287,10 @@ def _ranks_of(launcher: int) -> list[psutil.Process]:
     """The training processes under a launcher: those that it gave a --local_rank."""
     found = []
     for child in psutil.Process(launcher).children(recursive=True):
-        try:
+        with contextlib.suppress(psutil.Error):
             if any(word.startswith("--local_rank") for word in child.cmdline()):
                 found.append(child)
-        except psutil.Error:
-            continue
     return found
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
 
 
 if __name__ == "__main__":  # what `make` asks after it has installed PyTorch

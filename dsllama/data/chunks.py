@@ -14,7 +14,6 @@ import io
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 CHUNK_CHARACTERS = 2**20
 # Changes with where texts are cut: an encoding that was begun otherwise cannot go on.
@@ -27,13 +26,6 @@ WORD_BEGINS = re.compile(
     f"|(?<=[{_LETTER}])[0-9{_SIGN}]|(?<=[0-9])[{_LETTER}{_SIGN}]|(?<=[{_SIGN}])[{_LETTER}0-9]"
 )
 _CHUNK_BYTES = 2**20
-
-
-class Utf8Error(NamedTuple):
-    """Where a file stops being UTF-8: the line, from 1, and the offending byte."""
-
-    line: int
-    byte: int
 
 
 def chunks_of_text(text: str) -> Iterator[tuple[str, bool]]:
@@ -61,8 +53,8 @@ def chunks_of_file(path: Path) -> Iterator[tuple[str, bool, int]]:
             yield text, last, disk.tell()
 
 
-def utf8_error(path: Path) -> Utf8Error | None:
-    """The first thing in a file that is not UTF-8, or None. Reads it in chunks. Raises OSError."""
+def utf8_error(path: Path) -> tuple[int, int] | None:
+    """Where a file stops being UTF-8: (line, from 1, offending byte). Reads it in chunks. Raises OSError."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     line = 1
     with path.open("rb") as file:
@@ -71,7 +63,7 @@ def utf8_error(path: Path) -> Utf8Error | None:
             try:
                 text = decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError as error:
-                return Utf8Error(line + error.object.count(b"\n", 0, error.start), error.object[error.start])
+                return line + error.object.count(b"\n", 0, error.start), error.object[error.start]
             if not chunk:
                 return None
             line += text.count("\n")

@@ -23,7 +23,6 @@ _LEFT_OUT = frozenset(
         "test",
         "tests",
         "idlelib",
-        "idle_test",
         "lib2to3",
         "turtledemo",
         "ensurepip",
@@ -31,7 +30,6 @@ _LEFT_OUT = frozenset(
         "distutils",
         "site-packages",
         "dist-packages",
-        "__pycache__",
         "pydoc_data",
     )
 )

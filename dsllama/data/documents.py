@@ -22,24 +22,22 @@ from typing import Any, NamedTuple
 
 from dsllama.data import readers
 from dsllama.data.chunks import CHUNK_CHARACTERS, chunks_of_file, chunks_of_text, utf8_error
-from dsllama.data.readers import BLOCK_BYTES, DamagedFile, LineTooLong, NoSuchColumn
+from dsllama.data.readers import BLOCK_BYTES, LONGEST_LINE, PACKED, DamagedFile, NoSuchColumn
 from dsllama.errors import Problem, UserError, did_you_mean, remedy_for
 
 logger = logging.getLogger("dsllama")
 
 _LINES = (".jsonl", ".ndjson", ".json")  # a packed .json is a .jsonl by another name; a plain one is seldom
-_PACKED = (".gz", ".zst")
 SUFFIXES = (
     ".txt",
     ".jsonl",
     ".ndjson",
     ".parquet",
-    *(kind + packed for packed in _PACKED for kind in (".txt", *_LINES)),
+    *(kind + packed for packed in PACKED for kind in (".txt", *_LINES)),
 )
-_NEEDS = {".parquet": "pyarrow"}
 _SKIP = "mend it, or leave it out with --on_error skip"
 _FILES_PER_BLOCK = 500
-_TEXTS = (".txt", *(f".txt{packed}" for packed in _PACKED))
+_TEXTS = (".txt", *(f".txt{packed}" for packed in PACKED))
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # Kinds of what is left out whatever the user asked for, because there is nothing in it to mend.
 _HARMLESS = ("empty document", "empty file")
@@ -128,15 +126,15 @@ def input_files(inputs: Iterable[str | Path]) -> list[Path]:
     known = f"known suffixes: {', '.join(SUFFIXES)}"
     for given in map(Path, inputs):
         if os.path.isdir(given):
-            found = list(_walk(given, problems))
+            found = _walk(given, problems)
             inside = [path for path in found if _is_known(path)]
+            others = Counter(path.suffix or "no suffix" for path in found if not _is_known(path))
             files += inside
-            if inside and len(inside) < len(found):
-                kinds = Counter(path.suffix or "no suffix" for path in found if not _is_known(path)).most_common(5)
-                named = ", ".join(f"{count:,} x {kind}" for kind, count in kinds)
-                logger.warning("%s: left out, with a suffix that is not read: %s", given, named)
             if not inside:
                 problems.append(Problem(str(given), "holds no file that can be read", known))
+            elif others:
+                named = ", ".join(f"{count:,} x {kind}" for kind, count in others.most_common(5))
+                logger.warning("%s: left out, with a suffix that is not read: %s", given, named)
         elif not os.path.isfile(given):
             problems.append(Problem(str(given), "there is no such file or folder", "check the path"))
         elif not _is_known(given):
@@ -145,10 +143,9 @@ def input_files(inputs: Iterable[str | Path]) -> list[Path]:
             files.append(given)
     twice = [path for path, count in Counter(path.resolve() for path in files).items() if count > 1]
     problems += [Problem(str(path), "is named twice, and would be read twice", "name it once") for path in twice]
-    for suffix, package in _NEEDS.items():
-        needing = [path for path in files if path.suffix.lower() == suffix]
-        if needing and find_spec(package) is None:
-            problems.append(Problem(str(needing[0]), f"needs the package {package}", f"pip install {package}"))
+    tables = [path for path in files if path.suffix.lower() == ".parquet"]
+    if tables and find_spec("pyarrow") is None:
+        problems.append(Problem(str(tables[0]), "needs the package pyarrow", "pip install pyarrow"))
     if not files and not problems:
         problems.append(Problem("inputs", "no file or folder was given", "name at least one"))
     if problems:
@@ -178,7 +175,7 @@ def blocks(
         size = path.stat().st_size if os.path.isfile(path) else 0
         is_small = path.suffix.lower() == ".txt" and size <= CHUNK_CHARACTERS
         if small and (not is_small or small_bytes >= BLOCK_BYTES or len(small) >= _FILES_PER_BLOCK):
-            yield Block(partial(_read_texts, tuple(small)), small_bytes, Cursor(number))
+            yield Block(partial(map, _read_text, small), small_bytes, Cursor(number))
             small, small_bytes = [], 0
         if is_small:
             small.append(str(path))
@@ -189,7 +186,7 @@ def blocks(
             if count > skip:
                 yield replace(block, cut=cut, following=Cursor(number, count))
     if small:
-        yield Block(partial(_read_texts, tuple(small)), small_bytes, Cursor(len(files)))
+        yield Block(partial(map, _read_text, small), small_bytes, Cursor(len(files)))
 
 
 def _blocks_of(path: Path, size: int, text_field: str, cut: bool) -> Iterator[Block]:
@@ -208,7 +205,7 @@ def _blocks_of(path: Path, size: int, text_field: str, cut: bool) -> Iterator[Bl
     except DamagedFile as error:
         bad = BadRecord("damaged file", Problem(str(path), f"cannot be unpacked ({error})", "fetch it again"))
     except NoSuchColumn as error:
-        bad = _no_field(str(path), text_field, dict.fromkeys(error.columns))
+        bad = _no_field(str(path), text_field, dict.fromkeys(error.args))
     except OSError as error:
         bad = _unreadable(str(path), error)
     else:
@@ -217,31 +214,20 @@ def _blocks_of(path: Path, size: int, text_field: str, cut: bool) -> Iterator[Bl
     yield Block(partial(tuple, (bad,)))
 
 
-def _packed_text(path: Path, size: int) -> Iterator[Block]:
-    """One document, which has to fit in memory: whether it is UTF-8 to its end shows only when it is unpacked."""
-    data = b"".join(readers.unpacked(path))
-    if not data:
-        return
-    try:
-        text = data.removeprefix(_BYTE_ORDER_MARK).decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        yield Block(partial(tuple, (_not_utf8(f"{path}:{line}", error.object[error.start]),)), size)
-    else:
-        yield Block(partial(tuple, (Document(str(path), 1, text) if text else _empty(str(path)),)), size)
-
-
 def _text_blocks(path: Path, size: int, cut: bool) -> Iterator[Block]:
-    if path.suffix.lower() in _PACKED:
-        yield from _packed_text(path, size)
+    if path.suffix.lower() in PACKED:
+        # It has to fit in memory: whether it is UTF-8 to its end shows only when it is unpacked.
+        data = b"".join(data for data, _ in readers.unpacked(path))
+        if data:
+            yield Block(partial(tuple, (_document(str(path), data),)), size)
         return
     if not cut:
-        yield Block(partial(_read_texts, (str(path),)), size)
+        yield Block(partial(map, _read_text, [str(path)]), size)
         return
     # Looked through first, so that a document is left out wholly or not at all.
     error = utf8_error(path)
     if error is not None:
-        yield Block(partial(tuple, (_not_utf8(f"{path}:{error.line}", error.byte),)), size)
+        yield Block(partial(tuple, (_not_utf8(f"{path}:{error[0]}", error[1]),)), size)
         return
     line, starts, before = 1, True, 0
     for text, ends, position in chunks_of_file(path):
@@ -252,8 +238,8 @@ def _text_blocks(path: Path, size: int, cut: bool) -> Iterator[Block]:
 def _line_blocks(path: Path, text_field: str) -> Iterator[Block]:
     line, before = 1, 0
     for data, position in readers.lines(path):
-        if isinstance(data, LineTooLong):
-            problem = Problem(f"{path}:{line}", f"is a line of more than {data.limit >> 20} MiB", _SKIP)
+        if data is None:
+            problem = Problem(f"{path}:{line}", f"is a line of more than {LONGEST_LINE >> 20} MiB", _SKIP)
             yield Block(partial(tuple, (BadRecord("line too long", problem),)), position - before)
             line, before = line + 1, position
         else:
@@ -271,19 +257,18 @@ def _row_blocks(path: Path, size: int, text_field: str) -> Iterator[Block]:
 # ------------------------------------------------------------ blocks to documents
 
 
-def _read_texts(files: tuple[str, ...]) -> Iterator[Document | BadRecord]:
-    yield from map(_read_text, files)
-
-
 def _read_text(file: str) -> Document | BadRecord:
     try:
-        data = Path(file).read_bytes()
+        return _document(file, Path(file).read_bytes())
     except OSError as error:
         return _unreadable(file, error)
+
+
+def _document(file: str, data: bytes) -> Document | BadRecord:
     try:
         text = data.removeprefix(_BYTE_ORDER_MARK).decode("utf-8")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
+        line = error.object.count(b"\n", 0, error.start) + 1
         return _not_utf8(f"{file}:{line}", error.object[error.start])
     return Document(file, 1, text) if text else _empty(file)
 
@@ -322,20 +307,12 @@ def _checked(value: Any, file: str, number: int, where: str, text_field: str) ->
         return BadRecord("no text", Problem(where, f"{text_field!r} is of type {kind}, not text", _SKIP))
     if not value:
         return _empty(where)
-    if not value.isascii() and _has_half_a_pair(value):
-        return BadRecord(
-            "not UTF-8", Problem(where, f"{text_field!r} holds half a surrogate pair: no character", _SKIP)
-        )
-    return Document(file, number, value)
-
-
-def _has_half_a_pair(text: str) -> bool:
-    """JSON can spell half a surrogate pair (`\\ud800`), which no UTF-8 can hold."""
     try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return True
-    return False
+        value.encode("utf-8")
+    except UnicodeEncodeError:  # JSON can spell half a surrogate pair (`\ud800`), which no UTF-8 can hold
+        problem = Problem(where, f"{text_field!r} holds half a surrogate pair: no character", _SKIP)
+        return BadRecord("not UTF-8", problem)
+    return Document(file, number, value)
 
 
 def _no_field(where: str, text_field: str, record: Any) -> BadRecord:
@@ -362,7 +339,7 @@ def _is_known(path: Path) -> bool:
     return path.name.lower().endswith(SUFFIXES)
 
 
-def _walk(folder: Path, problems: list[Problem]) -> Iterator[Path]:
+def _walk(folder: Path, problems: list[Problem]) -> list[Path]:
     """The visible files under a folder, sorted by their parts. Links to folders are followed, each folder once."""
     found: list[Path] = []
     seen: set[str] = set()
@@ -378,4 +355,4 @@ def _walk(folder: Path, problems: list[Problem]) -> Iterator[Path]:
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [Path(place, name) for name in names if not name.startswith(".")]
-    return iter(sorted(path for path in found if os.path.isfile(path)))
+    return sorted(path for path in found if os.path.isfile(path))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,9 +23,9 @@ from tqdm import tqdm
 from dsllama.data.chunks import CUTTING
 from dsllama.data.documents import Block, Cursor, blocks, input_files, no_documents
 from dsllama.data.fast_bpe import FastEncoder
-from dsllama.data.manifest import Manifest, token_dtype
+from dsllama.data.manifest import TITLE, Manifest, token_dtype
 from dsllama.data.readers import BLOCK_BYTES
-from dsllama.data.shards import TITLE, ShardWriter, locked
+from dsllama.data.shards import ShardWriter, locked
 from dsllama.data.stream import TokenStream
 from dsllama.data.tokenizer import Tokenizer
 from dsllama.data.workers import WorkerDied, WorkerPool
@@ -87,7 +87,7 @@ def encode(
         "on_error": on_error,
         "cutting": CUTTING,
     }
-    say = partial(print, file=sys.stderr) if progress else _silent
+    say: Callable[[str], None] = partial(print, file=sys.stderr) if progress else lambda _: None
     with _explained(out_dir):
         out_dir.mkdir(parents=True, exist_ok=True)
         with locked(out_dir):
@@ -120,13 +120,7 @@ def encode(
 
 
 def _write_shards(
-    files: list[Path],
-    tokenizer: Tokenizer,
-    out_dir: Path,
-    manifest: Manifest,
-    workers: int,
-    progress: bool,
-    cut: bool,
+    files: list[Path], tokenizer: Tokenizer, out_dir: Path, manifest: Manifest, workers: int, progress: bool, cut: bool
 ) -> Counter[str]:
     """Encode everything that the manifest has not yet; returns what was skipped in the whole input, by kind."""
     assert manifest.resume is not None
@@ -136,7 +130,6 @@ def _write_shards(
     # More workers than blocks would only have to be started.
     workers = max(1, min(workers, -(-total // BLOCK_BYTES)))
     place, used, skipped = Cursor(*manifest.resume["cursor"]), manifest.resume["used"], Counter(manifest.skipped)
-
     noted = len(manifest.shards)
 
     def new_writer() -> ShardWriter:
@@ -154,14 +147,8 @@ def _write_shards(
     manifest.save(out_dir)
     writer = new_writer()
     make = partial(BlockEncoder, tokenizer.backend.to_str())
-    bar = tqdm(
-        total=total,
-        initial=sum(sizes[: place.file]),
-        unit="B",
-        unit_scale=True,
-        desc="encoding",
-        disable=not progress or None,
-    )
+    done, hidden = sum(sizes[: place.file]), not progress or None
+    bar = tqdm(total=total, initial=done, unit="B", unit_scale=True, desc="encoding", disable=hidden)
     try:
         with bar, WorkerPool(workers, make) as pool:
             for encoded in pool.in_order(blocks(files, identity["text_field"], place, cut)):
@@ -199,11 +186,9 @@ class BlockEncoder:
         found = block.read()
         parts: list[np.ndarray] = [np.empty(0, self._dtype)]
         for document, ids in zip(found.documents, self._encode([d.text for d in found.documents]), strict=True):
-            if document.starts:
-                parts.append(self._sos)
+            parts += [self._sos] if document.starts else []
             parts.append(ids.astype(self._dtype))
-            if document.ends:
-                parts.append(self._eos)
+            parts += [self._eos] if document.ends else []
         problems = found.problems[:_MOST_PROBLEMS]
         return Encoded(np.concatenate(parts), found.skipped, problems, block.following, block.disk_bytes)
 
@@ -243,7 +228,3 @@ def _stamps(files: list[Path]) -> list[list[Any]]:
     """By which the same input is known again: path, size in bytes, time of the last change in nanoseconds."""
     stats = [(path.resolve(), path.stat()) for path in files]
     return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
-
-
-def _silent(_text: str) -> None:
-    return None

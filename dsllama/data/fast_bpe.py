@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from importlib import metadata
 from typing import Any
 
 import numpy as np
+import tiktoken
 
 from dsllama.data.tokenizer import Tokenizer
 
 _GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-# Before this release tiktoken needs a minute for a word of 300,000 letters: its time grows with the square.
-_TIKTOKEN = (0, 13)
 # Of more texts than this at once, Hugging Face's encodings take 29 bytes of memory for each byte of text.
 _BATCH_TEXTS = 256
 _BATCH_CHARACTERS = 2**20
@@ -37,10 +35,14 @@ class FastEncoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._tiktoken: Any = None
-        self.may_cut = _is_plain(json.loads(tokenizer.backend.to_str()))
-        self.slow_because = _unfit(tokenizer)
-        if not self.slow_because:
+        described = json.loads(tokenizer.backend.to_str())
+        self.may_cut = _is_plain(described)
+        self.slow_because = ""
+        if not self.may_cut or described["model"].get("ignore_merges"):
+            self.slow_because = "the tokenizer is not a plain byte-level BPE"
+        elif not _ids_follow_merges(tokenizer, described["model"]):
+            self.slow_because = "the tokenizer's ids do not follow its merges"
+        else:
             self._tiktoken = _tiktoken_encoding(tokenizer)
             if self._with_tiktoken(_SAMPLE).tolist() != tokenizer.encode(_SAMPLE):
                 self.slow_because = "tiktoken gives other ids for a sample of text"
@@ -71,21 +73,6 @@ class FastEncoder:
             return np.array(self._tokenizer.encode(text), dtype=np.uint32)
 
 
-def _unfit(tokenizer: Tokenizer) -> str:
-    """Why tiktoken cannot stand in for this tokenizer; empty where it can."""
-    try:
-        version = metadata.version("tiktoken")
-    except metadata.PackageNotFoundError:
-        return "tiktoken is not installed"
-    if tuple(int(part) for part in version.split(".")[:2]) < _TIKTOKEN:
-        return f"tiktoken {version} is older than {'.'.join(map(str, _TIKTOKEN))}"
-    described = json.loads(tokenizer.backend.to_str())
-    model = described["model"]
-    if not _is_plain(described) or model.get("ignore_merges"):
-        return "the tokenizer is not a plain byte-level BPE"
-    return "" if _ids_follow_merges(tokenizer, model) else "the tokenizer's ids do not follow its merges"
-
-
 def _is_plain(described: dict[str, Any]) -> bool:
     """Whether a tokenizer's pipeline is GPT-2's and nothing else: bytes, its pattern, merges within each word."""
     model, splitter = described["model"], described["pre_tokenizer"] or {}
@@ -114,9 +101,7 @@ def _ids_follow_merges(tokenizer: Tokenizer, model: dict[str, Any]) -> bool:
     return all([part.id for part in merge(token)] == [number] for token, number in learned.items())
 
 
-def _tiktoken_encoding(tokenizer: Tokenizer) -> Any:
-    import tiktoken
-
+def _tiktoken_encoding(tokenizer: Tokenizer) -> tiktoken.Encoding:
     letters = _letters()
     special = tokenizer.backend.get_added_tokens_decoder()
     ranks = {

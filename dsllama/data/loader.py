@@ -16,7 +16,7 @@ import logging
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -25,7 +25,7 @@ import numpy.typing as npt
 import torch
 
 from dsllama.data.order import permute
-from dsllama.data.stream import TokenStream
+from dsllama.data.stream import TokenStream, outside_vocabulary
 from dsllama.errors import Problem, UserError
 from dsllama.model import IGNORE_INDEX
 
@@ -74,9 +74,11 @@ class DatasetLoader:
         tokens_per_update: int | None = None,
     ):
         _check_arguments(batch, seq_len, process_rank, num_processes, device, split)
-        self.device = _with_index(torch.device(device))
-        opened = dataset_dir if isinstance(dataset_dir, TokenStream) else TokenStream(dataset_dir, vocab_size)
-        self.stream: TokenStream = opened
+        self.device = torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None:
+            # The device as it is meant now, by this thread: another thread's current device may be another.
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        self.stream = dataset_dir if isinstance(dataset_dir, TokenStream) else TokenStream(dataset_dir, vocab_size)
         _check_sizes(self.stream, seq_len, validation_tokens, split, tokens_per_update)
         training_tokens = self.stream.tokens - validation_tokens
         self.tokens = training_tokens if split == "train" else validation_tokens
@@ -96,7 +98,8 @@ class DatasetLoader:
             self.stream,
             start=0 if split == "train" else training_tokens,
             tokens=self.tokens,
-            shape=(batch, seq_len),
+            batch=batch,
+            seq_len=seq_len,
             rank=process_rank,
             ranks=num_processes,
             seed=seed if shuffle and split == "train" else None,
@@ -209,33 +212,31 @@ class DatasetLoader:
         logger.warning(f"epoch {epoch + 1} begins ({place}): the data set's {self.tokens:,} tokens are seen again")
 
 
+@dataclass(eq=False)
 class _Batches:
     """The batches of one rank as a pure function of the position: what the thread reads and the loader gives out.
 
-    start, tokens: the part of the stream. shape: (B, T). seed: of the order; None for the stream's own.
+    start, tokens: the part of the stream. batch, seq_len: B and T. seed: of the order; None for the stream's own.
     samples: in one pass over the part. global_micro_batch: samples that all ranks together consume in a micro-step.
     """
 
-    def __init__(
-        self,
-        stream: TokenStream,
-        start: int,
-        tokens: int,
-        shape: tuple[int, int],
-        rank: int,
-        ranks: int,
-        seed: int | None,
-        pinned: bool,
-    ):
-        self._stream, self._start, self._tokens = stream, start, tokens
-        self._batch, self._seq_len = shape
-        self._first_row = rank * self._batch
-        self._seed, self._pinned = seed, pinned
-        self.samples = -(-(tokens - 1) // self._seq_len)
-        self.global_micro_batch = self._batch * ranks
+    stream: TokenStream
+    start: int
+    tokens: int
+    batch: int
+    seq_len: int
+    rank: int
+    ranks: int
+    seed: int | None
+    pinned: bool
+
+    def __post_init__(self) -> None:
+        self.samples = -(-(self.tokens - 1) // self.seq_len)
+        self.global_micro_batch = self.batch * self.ranks
         # Not far beyond an epoch, because each epoch has an order of its own to set up.
-        self._planned = max(1, min(_PLANNED_SAMPLES // self._batch, self.samples // self.global_micro_batch))
-        self._plan = lru_cache(maxsize=2)(self._offsets)
+        self._planned = max(1, min(_PLANNED_SAMPLES // self.batch, self.samples // self.global_micro_batch))
+        # Not an lru_cache of the method, whose circle would keep the shards open until the next garbage collection.
+        self._plan: tuple[Any, npt.NDArray[np.int64]] = None, np.empty(0, np.int64)
 
     def batch_at(self, position: int, once: bool = False) -> Batch:
         """The rows of the micro-step that begins with this sample.
@@ -243,60 +244,58 @@ class _Batches:
         once: after the last sample, rows without targets instead of another epoch.
         """
         step = position // self.global_micro_batch % self._planned
-        return self.gather(self._plan(position - step * self.global_micro_batch, once)[step])
+        plan, which = self._plan, (position - step * self.global_micro_batch, once)
+        if plan[0] != which:
+            plan = self._plan = which, self._offsets(*which)
+        return self.gather(plan[1][step])
 
     def _offsets(self, position: int, once: bool) -> npt.NDArray[np.int64]:
         """Where in the part each row of the micro-steps from a position on begins: (planned steps, B)."""
-        first_row = position + self._first_row
-        numbers = np.add.outer(first_row + np.arange(self._planned) * self.global_micro_batch, np.arange(self._batch))
+        first_row = position + self.rank * self.batch
+        numbers = np.add.outer(first_row + np.arange(self._planned) * self.global_micro_batch, np.arange(self.batch))
         if once:
-            return np.minimum(numbers * self._seq_len, self._tokens - 1)
+            return np.minimum(numbers * self.seq_len, self.tokens - 1)
         epochs, samples = np.divmod(numbers, self.samples)
-        if self._seed is not None:
+        if self.seed is not None:
             for epoch in np.unique(epochs).tolist():
-                samples[epochs == epoch] = permute(samples[epochs == epoch], self.samples, self._seed, epoch)
-        return samples * self._seq_len
+                samples[epochs == epoch] = permute(samples[epochs == epoch], self.samples, self.seed, epoch)
+        return samples * self.seq_len
 
     def gather(self, offsets_B: npt.NDArray[np.int64]) -> Batch:
         """The rows that begin at these tokens of the part, in memory of their own."""
-        length = self._seq_len
-        rows = self._one_slice(offsets_B) if self._is_one_slice(offsets_B) else self._row_by_row(offsets_B)
-        outside = self._stream.outside_vocabulary(rows)
+        batch, length = len(offsets_B), self.seq_len
+        first, last = int(offsets_B[0]), int(offsets_B[-1])
+        in_order = self.seed is None or batch == 1
+        if in_order and last - first == (batch - 1) * length and last + length < self.tokens:
+            # They follow each other in the stream and none is short: without a copy, as a row's last token is the next
+            # row's first.
+            flat = self.stream.read(self.start + first, self.start + last + length + 1)
+            rows = np.ndarray((batch, length + 1), flat.dtype, flat, strides=(length * flat.itemsize, flat.itemsize))
+        else:
+            rows = self._row_by_row(offsets_B)
+        outside = outside_vocabulary(rows, self.stream.vocab_size)
         if outside is not None:
             row, column = np.unravel_index(int(outside.argmax()), outside.shape)
-            position = self._start + int(offsets_B[row]) + int(column)
-            raise UserError(self._stream.vocabulary_problem(position), "the data set cannot be used")
+            position = self.start + int(offsets_B[row]) + int(column)
+            raise UserError(self.stream.vocabulary_problem(position), "the data set cannot be used")
         # Two casts, not one with x and y as views on it: 0.5 ns more per token, far below a thousandth of a step,
         # and whoever changes x in place does not change y.
-        tokens = torch.empty((2, *offsets_B.shape, length), dtype=torch.int64, pin_memory=self._pinned)
+        tokens = torch.empty((2, *offsets_B.shape, length), dtype=torch.int64, pin_memory=self.pinned)
         x, y = tokens.numpy()
         x[...] = rows[:, :-1]
         y[...] = rows[:, 1:]
-        for row in np.flatnonzero(offsets_B + length >= self._tokens):
-            targets = self._tokens - 1 - int(offsets_B[row])
+        for row in np.flatnonzero(offsets_B + length >= self.tokens):
+            targets = self.tokens - 1 - int(offsets_B[row])
             x[row, targets:] = 0
             y[row, targets:] = IGNORE_INDEX
         return tokens[0], tokens[1]
 
-    def _is_one_slice(self, offsets_B: npt.NDArray[np.int64]) -> bool:
-        """Whether the rows follow each other in the stream and none is short."""
-        first, last = int(offsets_B[0]), int(offsets_B[-1])
-        in_order = self._seed is None or len(offsets_B) == 1
-        return in_order and last - first == (len(offsets_B) - 1) * self._seq_len and last + self._seq_len < self._tokens
-
-    def _one_slice(self, offsets_B: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-        """(B, T + 1) tokens without a copy: a row's last token is the next row's first."""
-        batch, length = len(offsets_B), self._seq_len
-        start = self._start + int(offsets_B[0])
-        flat = self._stream.read(start, start + batch * length + 1)
-        return np.ndarray((batch, length + 1), flat.dtype, flat, strides=(length * flat.itemsize, flat.itemsize))
-
     def _row_by_row(self, offsets_B: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
         """(B, T + 1) tokens, zeros where the part has ended."""
-        rows = np.zeros((len(offsets_B), self._seq_len + 1), self._stream.dtype)
+        rows = np.zeros((len(offsets_B), self.seq_len + 1), self.stream.dtype)
         for row, offset in zip(rows, offsets_B.tolist(), strict=True):
-            stop = min(offset + self._seq_len + 1, self._tokens)
-            row[: stop - offset] = self._stream.read(self._start + offset, self._start + stop)
+            stop = min(offset + self.seq_len + 1, self.tokens)
+            row[: stop - offset] = self.stream.read(self.start + offset, self.start + stop)
         return rows
 
 
@@ -349,10 +348,3 @@ def _check_sizes(
         problems.append(Problem("tokens_per_update", rule, remedy, tokens_per_update))
     if problems:
         raise UserError(problems, _TITLE)
-
-
-def _with_index(device: torch.device) -> torch.device:
-    """The device "cuda" as it is meant now, by this thread: another thread's current device may be another."""
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device

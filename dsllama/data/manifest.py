@@ -7,21 +7,20 @@ files without one is a data set too (see `stream.py`).
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from dsllama.errors import Problem, UserError, remedy_for
-from dsllama.files import write_atomically
+from dsllama.files import digest, write_atomically
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "dsllama-shards-2"
 _ANEW = "use --overwrite to begin anew, or another --out"
 _ELSEWHERE = "move it away, or give another --out"
-_TITLE = "cannot encode"
+TITLE = "cannot encode"
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -67,8 +66,7 @@ class Manifest:
     @property
     def fingerprint(self) -> str:
         """Identity of the token stream: its dtype and each shard's length and checksum, in order."""
-        identity = [self.dtype, *((shard.tokens, shard.sha256) for shard in self.shards)]
-        return "sha256:" + hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+        return digest([self.dtype, *((shard.tokens, shard.sha256) for shard in self.shards)])
 
     def save(self, folder: Path) -> None:
         """Write `manifest.json` in one step: a reader sees the old one or the new one, never half of it."""
@@ -90,19 +88,18 @@ class Manifest:
             content = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        except OSError as error:
-            rule = f"cannot be read ({error.strerror})"
-            raise UserError(Problem(str(path), rule, remedy_for(error, _ENCODE_AGAIN))) from None
-        except (ValueError, RecursionError) as error:
-            raise UserError(Problem(str(path), f"cannot be read ({error})", _ENCODE_AGAIN)) from None
+        except (OSError, ValueError, RecursionError) as error:
+            remedy = remedy_for(error, _ENCODE_AGAIN) if isinstance(error, OSError) else _ENCODE_AGAIN
+            rule = f"cannot be read ({getattr(error, 'strerror', None) or error})"
+            raise UserError(Problem(str(path), rule, remedy)) from None
         kind = content.get("format") if isinstance(content, dict) else None
         if kind != FORMAT:
             rule = f"has format {kind!r}, not {FORMAT!r}" if kind else "is not one that dsllama wrote"
             raise UserError(Problem(str(path), rule, _ENCODE_AGAIN))
         if content.pop("digest", None) != digest(content):
             raise UserError(Problem(str(path), "was changed by hand: its digest does not fit", _ENCODE_AGAIN))
-        names = ("dtype", "vocab_size", "tokenizer", "skipped", "identity", "resume")
-        return cls(shards=[Shard(**shard) for shard in content["shards"]], **{name: content[name] for name in names})
+        content["shards"] = [Shard(**shard) for shard in content["shards"]]
+        return cls(**{field.name: content[field.name] for field in fields(cls)})
 
     @classmethod
     def begin(cls, folder: Path, new: Manifest, overwrite: bool) -> Manifest:
@@ -116,7 +113,7 @@ class Manifest:
         except UserError as error:
             # Whatever it is, nothing says which files would be ours to remove.
             [problem] = error.problems
-            raise UserError(Problem(problem.where, problem.rule, _ELSEWHERE), _TITLE) from None
+            raise UserError(Problem(problem.where, problem.rule, _ELSEWHERE), TITLE) from None
         if saved is not None and saved.resume is not None:
             # A kill between the naming of shards and their note here leaves some that do not exist.
             number = len(saved.shards)
@@ -133,23 +130,18 @@ class Manifest:
             others = sorted(file.name for file in folder.glob("*.npy"))
             if others:
                 rule = f"holds {others[0]} already, not from an encoding that could go on"
-                raise UserError(Problem(str(folder), rule, _ELSEWHERE), _TITLE)
+                raise UserError(Problem(str(folder), rule, _ELSEWHERE), TITLE)
             return new
         if saved.resume is not None and saved.identity["on_error"] == "stop":
             # Nothing was left out so far, so that "skip", from here on, gives what it would have from the beginning.
             saved.identity["on_error"] = new.identity["on_error"]
         changes = list(_changes(saved.identity, new.identity))
         if changes:
-            raise UserError([Problem(str(folder), f"was begun otherwise: {c}", _ANEW) for c in changes], _TITLE)
+            raise UserError([Problem(str(folder), f"was begun otherwise: {c}", _ANEW) for c in changes], TITLE)
         gone = [shard.file for shard in saved.shards if not (folder / shard.file).is_file()]
         if gone:
-            raise UserError([Problem(str(folder / file), "is gone", _ANEW) for file in gone], _TITLE)
+            raise UserError([Problem(str(folder / file), "is gone", _ANEW) for file in gone], TITLE)
         return saved
-
-
-def digest(content: dict[str, Any]) -> str:
-    """By which a manifest is known to be as it was written."""
-    return "sha256:" + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 _ENCODE_AGAIN = "encode again into another folder, or delete the manifest to use the .npy files as they are"

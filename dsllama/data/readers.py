@@ -8,18 +8,18 @@ from __future__ import annotations
 import gzip
 import sys
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 if sys.version_info >= (3, 14):
     from compression import zstd
 else:
     from backports import zstd
 
+PACKED = (".gz", ".zst")
 BLOCK_BYTES = 2**20
-_LONGEST_LINE = 64 * 2**20
+LONGEST_LINE = 64 * 2**20
 _MOST_ROWS = 4096
 
 
@@ -28,53 +28,67 @@ class DamagedFile(Exception):
 
 
 class NoSuchColumn(Exception):
-    """A parquet file without the column that was asked for; `columns` are those it has."""
-
-    def __init__(self, columns: list[str]) -> None:
-        super().__init__(columns)
-        self.columns = columns
+    """A parquet file without the column that was asked for; its arguments are those it has."""
 
 
-@dataclass(frozen=True)
-class LineTooLong:
-    """Stands for a line of more than `limit` bytes, which is passed over."""
-
-    limit: int
-
-
-def lines(path: Path) -> Iterator[tuple[bytes | LineTooLong, int]]:
+def lines(path: Path) -> Iterator[tuple[bytes | None, int]]:
     """(whole lines, bytes of the file on disk read so far); only the last line of the file may lack its end.
 
-    Raises DamagedFile and OSError.
+    None stands for a line of more than LONGEST_LINE bytes, which is passed over. Raises DamagedFile and OSError.
     """
     parts: list[bytes] = []
-    held = 0
+    held = position = 0
+    for chunk, position in unpacked(path):
+        cut = chunk.rfind(b"\n") + 1
+        if cut and held <= LONGEST_LINE:
+            yield b"".join([*parts, chunk[:cut]]), position
+        elif cut:
+            end = chunk.find(b"\n") + 1
+            yield None, position
+            if end < cut:
+                yield chunk[end:cut], position
+        if cut:
+            parts, held = [], 0
+        parts.append(chunk[cut:])
+        held += len(chunk) - cut
+        if held > LONGEST_LINE:
+            parts.clear()
+    if held:
+        yield None if held > LONGEST_LINE else b"".join(parts), position
+
+
+def unpacked(path: Path) -> Iterator[tuple[bytes, int]]:
+    """(unpacked bytes, a block at a time, bytes of the file on disk read so far).
+
+    What was read whole before a damage is given before DamagedFile is raised. Raises OSError too.
+    """
+    suffix = path.suffix.lower()
+    parts: list[bytes] = []
+    held, damage = 0, ""
     with path.open("rb") as disk:
-        for chunk in _chunks(path, disk):
-            cut = chunk.rfind(b"\n") + 1
-            if cut and held <= _LONGEST_LINE:
-                yield b"".join([*parts, chunk[:cut]]), disk.tell()
-            elif cut:
-                end = chunk.find(b"\n") + 1
-                yield LineTooLong(_LONGEST_LINE), disk.tell()
-                if end < cut:
-                    yield chunk[end:cut], disk.tell()
-            if cut:
+        read: Callable[[int], bytes] = disk.read
+        # As much as one read of the disk gives: `read` would drop what it has when it meets a damage.
+        if suffix == ".zst":
+            widest = {int(zstd.DecompressionParameter.window_log_max): 31}
+            read = zstd.ZstdFile(disk, options=widest).read1
+        elif suffix == ".gz":
+            read = gzip.GzipFile(fileobj=disk).read1
+        while True:
+            try:
+                part = read(BLOCK_BYTES)
+            except (EOFError, zlib.error, gzip.BadGzipFile, zstd.ZstdError) as error:
+                part, damage = b"", str(error)
+            parts.append(part)
+            held += len(part)
+            if held >= BLOCK_BYTES or (held and not part):
+                yield b"".join(parts), disk.tell()
                 parts, held = [], 0
-            parts.append(chunk[cut:])
-            held += len(chunk) - cut
-            if held > _LONGEST_LINE:
-                parts.clear()
-        if held > _LONGEST_LINE:
-            yield LineTooLong(_LONGEST_LINE), disk.tell()
-        elif held:
-            yield b"".join(parts), disk.tell()
-
-
-def unpacked(path: Path) -> Iterator[bytes]:
-    """The unpacked bytes of a file. Raises DamagedFile and OSError."""
-    with path.open("rb") as disk:
-        yield from _chunks(path, disk)
+            if damage:
+                raise DamagedFile(damage)
+            if not part:
+                break
+        if suffix in PACKED and not disk.tell():
+            raise DamagedFile("it has no bytes at all")
 
 
 def parquet_rows(path: Path, column: str) -> Iterator[tuple[list[Any], int]]:
@@ -89,7 +103,7 @@ def parquet_rows(path: Path, column: str) -> Iterator[tuple[list[Any], int]]:
         # Without these two, a whole row group is in memory at once, and many files have only one.
         with parquet.ParquetFile(path, pre_buffer=False, buffer_size=BLOCK_BYTES) as file:
             if column not in file.schema_arrow.names:
-                raise NoSuchColumn(file.schema_arrow.names)
+                raise NoSuchColumn(*file.schema_arrow.names)
             total = file.metadata.num_rows
             size = sum(file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups))
             rows = max(1, min(_MOST_ROWS, BLOCK_BYTES * total // max(1, size)))
@@ -117,39 +131,3 @@ def _text_or_bytes(value: bytes) -> str | bytes:
         return value.decode("utf-8")
     except UnicodeDecodeError:
         return value
-
-
-def _chunks(path: Path, disk: BinaryIO) -> Iterator[bytes]:
-    """The unpacked bytes of a file. What was read whole before a damage is given before DamagedFile is raised."""
-    suffix = path.suffix.lower()
-    if suffix == ".zst":
-        widest = {int(zstd.DecompressionParameter.window_log_max): 31}
-        yield from _unpacked(zstd.ZstdFile(disk, options=widest), disk)
-    elif suffix == ".gz":
-        yield from _unpacked(gzip.GzipFile(fileobj=disk), disk)
-    else:
-        while chunk := disk.read(BLOCK_BYTES):
-            yield chunk
-
-
-def _unpacked(stream: Any, disk: BinaryIO) -> Iterator[bytes]:
-    parts: list[bytes] = []
-    held, anything, damage = 0, False, ""
-    while True:
-        try:
-            # As much as one read of the disk gives: `read` would drop what it has when it meets a damage.
-            part = stream.read1(BLOCK_BYTES)
-        except (EOFError, zlib.error, gzip.BadGzipFile, zstd.ZstdError) as error:
-            part, damage = b"", str(error)
-        parts.append(part)
-        held += len(part)
-        anything = anything or bool(part)
-        if held >= BLOCK_BYTES or (held and not part):
-            yield b"".join(parts)
-            parts, held = [], 0
-        if damage:
-            raise DamagedFile(damage)
-        if not part:
-            break
-    if not anything and not disk.tell():
-        raise DamagedFile("it has no bytes at all")

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dsllama.data.manifest import Shard, shard_paths
+from dsllama.data.manifest import TITLE, Shard, shard_paths
 from dsllama.errors import Problem, UserError
-
-TITLE = "cannot encode"
+from dsllama.files import sha256
 
 
 class ShardWriter:
@@ -27,7 +26,7 @@ class ShardWriter:
         self._capacity = capacity
         self._sos_id = sos_id
         self._dtype = np.dtype(dtype).newbyteorder("<")
-        self._file = self._aside.open("w+b")
+        self._file = self._aside.open("wb")
         # A full shard is the rule, so its header can be written, and counted into the checksum, before the ids.
         self._header = self._header_for(capacity)
         self._file.write(self._header)
@@ -54,15 +53,12 @@ class ShardWriter:
             assert len(header) == len(self._header), "NumPy leaves room for the length in its header"
             self._file.seek(0)
             self._file.write(header)
-            self._file.seek(0)
-            self._digest = hashlib.sha256()
-            while data := self._file.read(2**20):
-                self._digest.update(data)
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
+        digest = self._digest.hexdigest() if self.full else sha256(self._aside)
         self._aside.rename(self.final)
-        return Shard(self.final.name, self.tokens, self.documents, self._digest.hexdigest())
+        return Shard(self.final.name, self.tokens, self.documents, digest)
 
     def discard(self) -> None:
         """Forget an unfinished file; nothing after `publish`."""

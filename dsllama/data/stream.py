@@ -10,7 +10,6 @@ small reads per shard; everything that is wrong with the folder comes in one Use
 from __future__ import annotations
 
 import hashlib
-import json
 from bisect import bisect_right
 from collections import defaultdict
 from dataclasses import dataclass
@@ -27,9 +26,12 @@ import numpy.typing as npt
 from dsllama.data.manifest import Manifest
 from dsllama.data.manifest import Shard as ManifestShard
 from dsllama.errors import Problem, UserError
+from dsllama.files import digest
 
 TOKEN_DTYPES = ("uint16", "uint32", "int32", "int64")
 
+# Readers of a `.npy` file's header by its format; 3.0 is only for named fields.
+_HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 _OPEN_SHARDS = 128  # each open map holds a file descriptor, and 1,024 of them is a common limit
 _SAMPLE_TOKENS = 1024
 _SAMPLES = 1024  # blocks sampled over the whole data set, so that opening stays cheap on a network disk
@@ -59,17 +61,21 @@ class TokenStream:
             raise UserError(Problem("dataset_dir", rule, _ENCODE, str(dataset_dir)), _TITLE)
         self.manifest = Manifest.load(self.dataset_dir)
         listed = _list_shards(self.dataset_dir, self.manifest)
-        problems = _vocabulary_problems(self.dataset_dir, self.manifest, vocab_size)
+        problems = []
         self.vocab_size = self.manifest.vocab_size if vocab_size is None and self.manifest else vocab_size
+        if self.manifest and self.vocab_size is not None and self.manifest.vocab_size > self.vocab_size:
+            rule = f"was encoded with a vocabulary of {self.manifest.vocab_size:,}; the model's is {self.vocab_size:,}"
+            remedy = "take the tokenizer that encoded it, or encode again"
+            problems.append(Problem("dataset_dir", rule, remedy, str(dataset_dir)))
 
         samples_per_shard = min(32, max(2, _SAMPLES // len(listed)))
-        digests = []
+        samples = []
         self._shards: list[_Shard] = []
         for path, expected in listed:
             try:
                 shard = _open_shard(path, expected, self.manifest)
                 self._shards.append(shard)
-                digests.append(_sample(shard, samples_per_shard, self.vocab_size))
+                samples.append(_sample(shard, samples_per_shard, self.vocab_size))
             except UserError as error:
                 problems += error.problems
         problems += _mixed_dtypes(self.dataset_dir, self._shards)
@@ -78,12 +84,8 @@ class TokenStream:
 
         self.dtype = self._shards[0].dtype
         *self._starts, self.tokens = accumulate((shard.tokens for shard in self._shards), initial=0)
-        if self.manifest:
-            self.fingerprint = self.manifest.fingerprint
-        else:
-            lengths = [shard.tokens for shard in self._shards]
-            identity = [self.dtype.str, lengths, digests]
-            self.fingerprint = "sha256:" + hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+        lengths = [shard.tokens for shard in self._shards]
+        self.fingerprint = self.manifest.fingerprint if self.manifest else digest([self.dtype.str, lengths, samples])
         # A partial of a plain function, not a method: a cache that held the stream would keep it alive.
         self._map = lru_cache(maxsize=_OPEN_SHARDS)(partial(_map_shard, self._shards))
 
@@ -112,10 +114,6 @@ class TokenStream:
         """The file that holds a token of the stream, and which of its tokens it is (from 0)."""
         shard = bisect_right(self._starts, position) - 1
         return self._shards[shard].path, position - self._starts[shard]
-
-    def outside_vocabulary(self, tokens: npt.NDArray[Any]) -> npt.NDArray[np.bool_] | None:
-        """Which of these ids (any shape, the stream's dtype) are outside the vocabulary; None if none is."""
-        return _outside(tokens, self.vocab_size)
 
     def vocabulary_problem(self, position: int) -> Problem:
         """What is wrong with the token at this position, which is outside the vocabulary."""
@@ -158,7 +156,10 @@ def _open_shard(path: Path, expected: ManifestShard | None, manifest: Manifest |
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            shape, dtype = _read_header(file)
+            version = npy.read_magic(file)
+            if version not in _HEADERS:
+                raise ValueError(f"format version {version[0]}.{version[1]}")
+            shape, _, dtype = _HEADERS[version](file)
             offset = file.tell()
     except FileNotFoundError:
         rule = "is in the manifest but not in the folder" if expected else "is a link to a file that does not exist"
@@ -193,16 +194,6 @@ def _open_shard(path: Path, expected: ManifestShard | None, manifest: Manifest |
     return _Shard(path, dtype, tokens, offset)
 
 
-def _read_header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and dtype of a `.npy` file, which is left at its first byte of data."""
-    version = npy.read_magic(file)
-    if version not in ((1, 0), (2, 0)):
-        raise ValueError(f"format version {version[0]}.{version[1]}")  # 3.0 is only for named fields
-    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-    shape, _, dtype = read(file)
-    return shape, dtype
-
-
 def _sample(shard: _Shard, blocks: int, vocab_size: int | None) -> str:
     """Digest of `blocks` blocks spread evenly from the shard's first token to its last; all of a short shard.
 
@@ -212,21 +203,21 @@ def _sample(shard: _Shard, blocks: int, vocab_size: int | None) -> str:
         starts, length = [0], shard.tokens
     else:
         starts, length = [n * (shard.tokens - _SAMPLE_TOKENS) // (blocks - 1) for n in range(blocks)], _SAMPLE_TOKENS
-    digest = hashlib.sha256()
+    contents = hashlib.sha256()
     with shard.path.open("rb", buffering=0) as file:
         for start in starts:
             file.seek(shard.offset + start * shard.dtype.itemsize)
             content = file.read(length * shard.dtype.itemsize)
-            digest.update(content)
+            contents.update(content)
             tokens = np.frombuffer(content, shard.dtype)
-            outside = _outside(tokens, vocab_size)
+            outside = outside_vocabulary(tokens, vocab_size)
             if outside is not None:
                 first = int(outside.argmax())
                 raise UserError(_outside_problem(shard.path, start + first, int(tokens[first]), vocab_size))
-    return digest.hexdigest()
+    return contents.hexdigest()
 
 
-def _outside(tokens: npt.NDArray[Any], vocab_size: int | None) -> npt.NDArray[np.bool_] | None:
+def outside_vocabulary(tokens: npt.NDArray[Any], vocab_size: int | None) -> npt.NDArray[np.bool_] | None:
     """Where ids are negative or not below vocab_size; None if nowhere, which costs one pass for the maximum."""
     # Seen as unsigned, a negative id is a huge one, so that one comparison finds both.
     bits = tokens.view(tokens.dtype.str.replace("i", "u"))
@@ -238,13 +229,6 @@ def _outside_problem(path: Path, offset: int, token: int, vocab_size: int | None
     rule = "outside the vocabulary" + ("" if vocab_size is None else f" (0 to {vocab_size - 1:,})")
     remedy = "train with the tokenizer that encoded it, or encode it again with this one"
     return Problem(str(path), f"token {offset:,} of the file is {token:,}, {rule}", remedy)
-
-
-def _vocabulary_problems(folder: Path, manifest: Manifest | None, vocab_size: int | None) -> list[Problem]:
-    if manifest is None or vocab_size is None or manifest.vocab_size <= vocab_size:
-        return []
-    rule = f"was encoded with a vocabulary of {manifest.vocab_size:,}; the model's is {vocab_size:,}"
-    return [Problem("dataset_dir", rule, "take the tokenizer that encoded it, or encode again", str(folder))]
 
 
 def _mixed_dtypes(folder: Path, shards: list[_Shard]) -> list[Problem]:

@@ -7,7 +7,6 @@ Lossless on any UTF-8: every byte is in the alphabet before training begins, so 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections import Counter
@@ -19,7 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from dsllama.data.documents import blocks, input_files, no_documents
 from dsllama.errors import Problem, UserError, remedy_for
-from dsllama.files import write_atomically
+from dsllama.files import digest, write_atomically
 
 SPECIAL_TOKENS = ["<SOS>", "<EOS>", "<PAD>", "<UNK>", "<SOU>", "<EOU>", "<SOA>", "<EOA>", "<SOT>", "<EOT>"]
 _SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256
@@ -48,8 +47,7 @@ class Tokenizer:
         self.backend = backend
         self.path, self.content = path, content
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
-        canonical = json.dumps(json.loads(content), sort_keys=True)
-        self.fingerprint = "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
+        self.fingerprint = digest(json.loads(content))
         added = backend.get_added_tokens_decoder().items()
         special = {token.content: number for number, token in added if token.special}
         self.sos_id: int = special["<SOS>"]
@@ -105,16 +103,13 @@ def train_tokenizer(
     """
     out = Path(out)
     problems = []
-    if vocab_size < _SMALLEST_VOCABULARY:
-        rule = f"must be at least {_SMALLEST_VOCABULARY}: 256 bytes and {len(SPECIAL_TOKENS)} special tokens"
-        problems.append(Problem("vocab_size", rule, "8192 is enough for a small model", vocab_size))
+    if not _SMALLEST_VOCABULARY <= vocab_size <= _LARGEST_VOCABULARY:
+        least = f"must be at least {_SMALLEST_VOCABULARY}: 256 bytes and {len(SPECIAL_TOKENS)} special tokens"
+        rule = least if vocab_size < _SMALLEST_VOCABULARY else f"must be at most {_LARGEST_VOCABULARY:,}"
+        remedy = "8192 is enough for a small model, 128K for a large one"
+        problems.append(Problem("vocab_size", rule, remedy, vocab_size))
     if on_error not in ("stop", "skip"):
         problems.append(Problem("on_error", "must be 'stop' or 'skip'", "use 'stop' to see all of it", on_error))
-    if vocab_size > _LARGEST_VOCABULARY:
-        rule = f"must be at most {_LARGEST_VOCABULARY:,}"
-        problems.append(
-            Problem("vocab_size", rule, "8192 is enough for a small model, 128K for a large one", vocab_size)
-        )
     if out.exists() and any(out.samefile(text) for text in map(Path, inputs) if text.exists()):
         problems.append(Problem("--out", "is one of the inputs", "name another file", str(out)))
     elif out.exists() and not out.is_dir() and not out.is_file():

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any
 
@@ -69,12 +70,7 @@ class WorkerPool:
         results: dict[int, Any] = {}
         begun = finished = 0
         while True:
-            while idle and begun - finished < _AHEAD * len(self._workers):
-                try:
-                    job = next(source)
-                except StopIteration:
-                    source = iter(())
-                    break
+            for job in islice(source, min(len(idle), _AHEAD * len(self._workers) - begun + finished)):
                 busy[idle[-1]] = begun
                 self._send(idle.pop(), job)
                 begun += 1

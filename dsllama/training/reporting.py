@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 from dsllama.errors import Problem, UserError, remedy_for
 from dsllama.scheduler import SCHEDULES, Scheduler, learning_rate
@@ -67,6 +66,7 @@ class Row:
 
 COLUMNS = [field.name for field in fields(Row)]
 _FEWEST_COLUMNS = COLUMNS.index("time") + 1
+_PLACES = ("update", "progress", "tokens_run", "tokens_total", "time")  # of a row: TensorBoard draws the rest there
 
 
 def perplexity(loss: float) -> float:
@@ -94,23 +94,11 @@ class Report:
     def row(self, row: Row, updates: int, eta_seconds: float) -> None:
         """Write one row everywhere."""
         print(row.line(updates, eta_seconds), flush=True)
-        self._csv.writerow({name: _cell(value) for name, value in asdict(row).items()})
-        scalars = {
-            "loss": row.loss,
-            "perplexity": row.perplexity,
-            "learning_rate": row.learning_rate,
-            "grad_norm": row.grad_norm,
-            "tokens_per_second": row.tokens_per_second,
-            "mfu": row.mfu,
-            "memory_gib": row.memory_gib,
-            "validation_loss": row.validation_loss,
-            "skipped_updates": row.skipped_updates,
-            "save_stall": row.save_stall,
-            "save_seconds": row.save_seconds,
-            "save_mb_per_second": row.save_mb_per_second,
-        }
-        for name, value in scalars.items():
-            if value is not None:
+        cells = asdict(row)
+        # repr keeps a float to the bit, so that logs of two runs can be compared exactly.
+        self._csv.writerow({name: repr(value) if isinstance(value, float) else value for name, value in cells.items()})
+        for name, value in cells.items():
+            if value is not None and name not in _PLACES:
                 self._events.add_scalar(f"train/{name}", value, row.tokens_total)
 
     def sample(self, update: int, tokens: int, texts: list[str]) -> None:
@@ -217,25 +205,24 @@ def smoothed(values: Sequence[float]) -> list[float]:
 def log_problem(path: Path) -> Problem | None:
     """Why a path cannot be a log's: another file is there, or would be written over by what lies beside a log."""
     beside = [file for file in (path.with_suffix(".png"), samples_file(path)) if os.path.lexists(file)]
-    remedy = "give another name"
+    rule, remedy = "", "give another name"
     if path.suffix.lower() == ".png":
-        return Problem("log_file", "must not end in .png (the plot does)", remedy, str(path))
-    if os.path.lexists(path):
-        return None if _is_log(path) else Problem("log_file", "must be a new file, or a log of ours", remedy, str(path))
-    if beside:
+        rule = "must not end in .png (the plot does)"
+    elif os.path.lexists(path):
+        rule = "" if _is_log(path) else "must be a new file, or a log of ours"
+    elif beside:
         rule = f"has {beside[0].name} beside it, which the run would write over"
-        return Problem("log_file", rule, f"{remedy}, or move that away", str(path))
-    return None
+        remedy += ", or move that away"
+    return Problem("log_file", rule, remedy, str(path)) if rule else None
 
 
 def _is_log(path: Path) -> bool:
     if not path.is_file():
         return False
     with path.open(encoding="utf-8", errors="replace") as file:
-        header = file.readline().strip()
+        found = file.readline().strip().split(",")
     # Earlier versions had fewer columns: new ones are put at the end, and a log that is gone on with gets them all.
-    found = header.split(",")
-    return not header or (len(found) >= _FEWEST_COLUMNS and found == COLUMNS[: len(found)])
+    return found == [""] or (len(found) >= _FEWEST_COLUMNS and found == COLUMNS[: len(found)])
 
 
 def _split_log(log_file: Path, resumed_from: int) -> bool:
@@ -262,11 +249,6 @@ def _append(path: Path, rows: list[dict[str, str]]) -> None:
         writer.writerows(rows)
 
 
-def _cell(value: Any) -> Any:
-    # repr keeps a float to the bit, so that logs of two runs can be compared exactly.
-    return "" if value is None else repr(value) if isinstance(value, float) else value
-
-
 def plot_schedules(
     path: Path, training_steps: int, warmup_steps: int, max_lr: float, min_lr: float, overwrite: bool = False
 ) -> Path:
@@ -284,13 +266,9 @@ def plot_schedules(
     try:
         for schedule in SCHEDULES:
             Scheduler(None, schedule, training_steps, warmup_steps, max_lr, min_lr)
-        path.parent.mkdir(parents=True, exist_ok=True)
     except ValueError as error:
-        raise UserError(
-            Problem("schedule", str(error), "the defaults are 100,000 and 1,000 steps, 1e-3 and 1e-4")
-        ) from None
-    except OSError as error:
-        raise UserError(Problem(str(path), f"cannot be written ({error.strerror})", remedy_for(error))) from None
+        remedy = "the defaults are 100,000 and 1,000 steps, 1e-3 and 1e-4"
+        raise UserError(Problem("schedule", str(error), remedy)) from None
     updates = sorted({*range(1, training_steps + 1, max(1, training_steps // 2000)), warmup_steps or 1, training_steps})
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -301,11 +279,11 @@ def plot_schedules(
     axes.grid(alpha=0.3)
     axes.legend()
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=110)
     except OSError as error:
-        raise UserError(
-            Problem("--out", f"cannot be written ({error.strerror})", remedy_for(error), str(path))
-        ) from None
+        problem = Problem("--out", f"cannot be written ({error.strerror})", remedy_for(error), str(path))
+        raise UserError(problem) from None
     except (ValueError, RuntimeError) as error:  # of a suffix that is no picture, or needs LaTeX
         raise UserError(Problem("--out", f"cannot be drawn ({error})", "name a .png file", str(path))) from None
     return path
