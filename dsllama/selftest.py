@@ -40,6 +40,7 @@ import shutil
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,11 +53,12 @@ from dsllama import arguments, console
 from dsllama.checkpoint import state as states
 from dsllama.checkpoint.catalog import timestamp
 from dsllama.checkpoint.fragments import MOMENTS, DamagedFile
+from dsllama.checkpoint.retention import SELF_TEST
 from dsllama.checkpoint.state import State
 from dsllama.config import TrainingConfig
 from dsllama.deepspeed_config import ZeroSettings, binding, deepspeed_config, engine_lines
 from dsllama.derived import Derived, derive
-from dsllama.errors import EXIT_USER_ERROR, UserError
+from dsllama.errors import EXIT_USER_ERROR, Problem, UserError
 from dsllama.files import write_atomically
 from dsllama.machine import versions
 from dsllama.model import LLaMaTransformer, parameter_count
@@ -67,11 +69,9 @@ from dsllama.training import engine as deepspeed_engine
 from dsllama.training import run
 from dsllama.training.engine import World
 from dsllama.training.plain import DTYPES, PlainLoop
-from dsllama.training.saving import Saver
+from dsllama.training.saving import Saver, all_or_none
 
 Json = dict[str, Any]
-# Below ckpt_dir, where ranks on several hosts have no other folder in common.
-FOLDER = ".selftest"
 _UPDATES = 3
 # An fp16 run begins with a search for its loss scale, in updates that are skipped.
 _MOST_SKIPPED = 40
@@ -89,7 +89,7 @@ _SWAPPED = 400_000
 # Time for the search for the setting that is to blame.
 _SEARCH_SECONDS = 120.0
 _PARTS = {"embed_tokens": "embedding", "self_attn": "attention", "mlp": "feed-forward", "norm": "norms"}
-_MODEL = ("n_embd", "n_heads", "n_kv_heads", "multiple_of", "eps", "theta", "tie_embeddings", "vocab_size")
+_MODEL = ("n_layers", "n_embd", "n_heads", "n_kv_heads", "multiple_of", "eps", "theta", "tie_embeddings", "vocab_size")
 _HOW = ("max_seq_len", "use_flash_attention", "activation_checkpointing", "enable_compilation", "checkpoint_format")
 
 
@@ -185,7 +185,7 @@ def reduced(config: TrainingConfig, derived: Derived, ds_config: Json) -> Subjec
             "zero_stage": zero["stage"],
             "offload_optimizer": offload["offload_optimizer"],
             "offload_params": offload["offload_param"],
-            "nvme_path": str(Path(zero[name]["nvme_path"]) / "selftest")
+            "nvme_path": zero[name]["nvme_path"]
             if (name := next((name for name, device in offload.items() if device == "nvme"), ""))
             else None,
         }
@@ -459,12 +459,15 @@ def verdict_on(subject: Subject, world: World, ckpt_dir: Path, search: bool = Tr
     for name, simpler in subject.switches() if failed and search else ():
         if world.tell(time.perf_counter() - began > _SEARCH_SECONDS):
             unsearched.append(name)
-        elif all(finding.ratio <= 1 for finding in _examine_aside(simpler, world, ckpt_dir)):
-            blame.append(name)
+        else:
+            with contextlib.suppress(UserError):  # what DeepSpeed builds no engine from
+                if all(finding.ratio <= 1 for finding in _examine_aside(simpler, world, ckpt_dir)):
+                    blame.append(name)
     checkpoints.restore_random_state(seeds, world)
     worst = max(findings, key=lambda finding: finding.ratio)
     return {
         "result": "failed" if failed else "passed",
+        "model": f"{subject.config.n_layers} layers of {subject.config.n_embd}",
         "key": key_of(subject, world),
         "worst": {**dataclasses.asdict(worst), "ratio": worst.ratio},
         "failed": [dataclasses.asdict(finding) for finding in failed],
@@ -476,23 +479,27 @@ def verdict_on(subject: Subject, world: World, ckpt_dir: Path, search: bool = Tr
 
 
 def _examine_aside(subject: Subject, world: World, ckpt_dir: Path) -> list[Finding]:
-    """`examine` with a folder of its own: where one host has all ranks a temporary one, else below ckpt_dir."""
+    """`examine` with folders of its own. Raises UserError on every rank where they, or a checkpoint, cannot be written."""
+    token = world.tell(uuid.uuid4().hex[:8])  # two tests may have one place for NVMe offload
+    swap = Path(subject.config.nvme_path) / f"selftest-{token}" if subject.config.nvme_path else None
+    if swap is not None:
+        subject = subject.but(nvme_path=str(swap))
     on_one_host = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", 1))) == world.size
-    folder = Path(tempfile.mkdtemp(prefix="dsllama-selftest-")) if on_one_host and world.is_main else ckpt_dir / FOLDER
-    folder = world.tell(folder)
-    swap = Path(subject.config.nvme_path) if subject.config.nvme_path else None
+    folder = Path(tempfile.gettempdir()) if on_one_host else ckpt_dir
+    folder = Path(world.tell(str(folder / f"{SELF_TEST}-{token}")))
     try:
-        if world.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
-        if swap is not None:
-            swap.mkdir(parents=True, exist_ok=True)
-        dist.barrier()
+        with all_or_none(world):
+            for each in (folder if world.is_main else None, swap):
+                if each is not None:
+                    each.mkdir(parents=True, exist_ok=True)
         return examine(subject, world, folder)
+    except OSError as error:  # on every rank
+        remedy = "make room and give permission there (TMPDIR names another place), or switch self_test off"
+        raise UserError(Problem("self_test", f"could not write what it needs: {error}", remedy)) from None
     finally:
-        if world.is_main:
-            shutil.rmtree(folder, ignore_errors=True)
-        if swap is not None:
-            shutil.rmtree(swap, ignore_errors=True)
+        for each in (folder if world.is_main else None, swap):
+            if each is not None:
+                shutil.rmtree(each, ignore_errors=True)
 
 
 def key_of(subject: Subject, world: World) -> str:
@@ -540,8 +547,8 @@ def summary(verdict: Json) -> str:
     if verdict["result"] == "passed":
         where = f"{worst['what']}, {worst['part']}" if worst["part"] != "all" else worst["what"]
         return (
-            "self-test    passed: a reduced model with these settings trains as plain PyTorch does (largest deviation "
-            f"{worst['deviation']:.1e} in {where}, {worst['ratio']:.2g} of its limit)"
+            f"self-test    passed: a reduced model ({verdict['model']}) trains under these settings as plain PyTorch does "
+            f"(largest deviation {worst['deviation']:.1e} in {where}, {worst['ratio']:.2g} of its limit)"
         )
     rows = [["what", "part", "expected", "found", "factor", "deviation", "limit"]]
     for each in verdict["failed"]:

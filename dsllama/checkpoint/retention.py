@@ -29,6 +29,8 @@ from dsllama.locks import hold
 
 # Whoever adds to a folder of checkpoints, or removes from it, holds this file in it.
 LOCK = ".lock"
+# How folders of the self-test begin: of one that was killed, something may be left.
+SELF_TEST = ".dsllama-selftest"
 _REMOVING, _WRITING = ".removing-", ".writing-"
 _OPTIMIZER = "optimizer_"
 
@@ -177,7 +179,8 @@ def drop_optimizer(checkpoint: Checkpoint) -> Checkpoint:
 def tidy(ckpt_dir: Path, warn: Callable[[str], Any]) -> list[Path]:
     """Remove what saves and removals that were cut short have left; returns it. Only while the folder is held."""
     removed = []
-    for path in [p for p in sorted(ckpt_dir.glob(".*-update_*")) if p.name.startswith((_REMOVING, _WRITING))]:
+    left = [p for p in ckpt_dir.glob(".*-update_*") if p.name.startswith((_REMOVING, _WRITING))]
+    for path in sorted([*left, *ckpt_dir.glob(f"{SELF_TEST}-*")]):
         try:
             shutil.rmtree(path)
             removed.append(path)

@@ -131,7 +131,7 @@ class Saver:
         started = since or time.perf_counter()
         final = self.folder / f"update_{update:07d}"
         aside = self.folder / f".writing-{final.name}"
-        with _all_or_none(self.world):
+        with all_or_none(self.world):
             if self.world.is_main:
                 shutil.rmtree(aside, ignore_errors=True)
                 _insist_on_space(self.folder, needed)
@@ -167,7 +167,7 @@ class Saver:
             files = {name: entry for entries, *_ in parts for name, entry in entries.items()}
             content = {"format": FORMAT, **save.manifest, "files": dict(sorted(files.items()))}
             content["digest"] = digest(content)
-            with _all_or_none(self.world):
+            with all_or_none(self.world):
                 if self.world.is_main:
                     _publish(save.aside, save.final, content)
         except OSError:
@@ -291,7 +291,7 @@ _REFUSALS = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.ENOSYS, errno.EACCE
 
 
 @contextlib.contextmanager
-def _all_or_none(world: World) -> Iterator[None]:
+def all_or_none(world: World) -> Iterator[None]:
     """Raise OSError on every rank if writing failed on any: a rank that left alone would hang the others."""
     failure = ""
     try:
