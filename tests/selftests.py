@@ -22,6 +22,8 @@ from dsllama.derived import derive
 from dsllama.model import IGNORE_INDEX
 from dsllama.training import engine as deepspeed_engine
 from dsllama.training import run
+from dsllama.training.beside import Finding
+from dsllama.training.reduced import reduced
 from tests.engine_tasks import fp16_on_cpu
 from tests.exactness import SETTINGS, VOCABULARY
 
@@ -38,10 +40,10 @@ def verdict(settings: Json, root: str, fault: str = "", search: bool = False) ->
         world = deepspeed_engine.start(*deepspeed_engine.world_from_environment())
         derived = derive(config, world.size, VOCABULARY)
         ds_config = deepspeed_config(config, derived, "cpu")
-        subject = selftest.reduced(config, derived, ds_config)
+        subject = reduced(config, derived, ds_config)
         examine, margins = selftest.examine, {}
 
-        def noting(*arguments: Any) -> list[selftest.Finding]:
+        def noting(*arguments: Any) -> list[Finding]:
             findings = examine(*arguments)
             for finding in findings:
                 margins[finding.what] = max(margins.get(finding.what, 0.0), finding.ratio)

@@ -109,10 +109,10 @@ def test_finds_the_setting_that_is_to_blame(launch: Launch) -> None:
 def test_a_run_is_tested_once_and_says_so(launch: Launch, runs: dict[str, Run]) -> None:
     first, second, other, longer = (launch[f"run {name}"] for name in ("first", "second", "other", "longer"))
     assert [each.value for each in (first, second, other, longer)] == [0, 0, 0, 0]
-    assert "self-test    passed" in first.said and "kept from" not in first.said
-    assert "self-test    passed" in second.said and "kept from" in second.said
-    assert "self-test    passed" in other.said and "kept from" not in other.said  # another model
-    assert "self-test    passed" in longer.said and "kept from" not in longer.said  # another schedule
+    assert "self-test    passed" in first.said and "known since" not in first.said
+    assert "self-test    passed" in second.said and "known since" in second.said
+    assert "self-test    passed" in other.said and "known since" not in other.said  # another model
+    assert "self-test    passed" in longer.said and "known since" not in longer.said  # another schedule
     verdict = open_checkpoint(runs["first"].checkpoint(3)).manifest["self_test"]
     assert verdict["result"] == "passed" and verdict["worst"]["ratio"] < 0.1
     assert open_checkpoint(runs["second"].checkpoint(3)).manifest["self_test"] == verdict
