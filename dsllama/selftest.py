@@ -167,10 +167,9 @@ def summary(verdict: Json) -> str:
         numbers = [f"{each[name]:.6g}" for name in ("expected", "found", "factor")]
         rows.append([each["what"], each["part"], *numbers, *(f"{each[name]:.1e}" for name in ("deviation", "limit"))])
     update = verdict["failed"][0]["update"]
-    lines = [
-        f"self-test    FAILED: {model} do not train as in plain PyTorch under these settings (update {update}; {took})"
-    ]
+    lines = [f"self-test    FAILED: {model} do not train as in plain PyTorch under these settings; {took}"]
     lines += [f"             {row}" for row in console.table(rows)]
+    lines.append(f"             at update {update}; each begins with the engine's own state")
     blame = [f"it passes without {name}" for name in verdict["blame"]] or ["no setting alone"]
     lines.append(f"to blame     {', and '.join(blame)}")
     if verdict["untried"]:

@@ -77,10 +77,10 @@ class Finding:
 
 
 def examine(subject: Subject, world: World, folder: Path) -> list[Finding]:
-    """Three updates, a save, a load into a fresh engine, and an update (compiled, where the run is): everything that was
-    compared, the worst parameter of each part on any rank. Collective.
+    """Three updates, a save, a load into a fresh engine, an update (compiled, where the run is): all that was compared,
+    the worst parameter of each part on any rank. Collective.
 
-    folder: an empty one that all ranks see, for the checkpoint. Raises OSError, on every rank, where it cannot be written.
+    folder: an empty one that all ranks see, for the checkpoint. Raises OSError, on every rank, if it cannot be written.
     """
     config = subject.config
     plain = PlainLoop(config, world, subject.derived.gradient_accumulation_steps)
@@ -156,7 +156,7 @@ class _Engine:
             torch.cuda.empty_cache()
 
     def update(self, number: int, applied: int, compiled: bool = False) -> bool:
-        """Make an update and compare; whether it was to be applied, and not skipped. applied: so many before it were."""
+        """Make an update and compare; whether it had to be applied, not skipped. applied: so many before it were."""
         before = states.whole(self.engine)
         scale = deepspeed_engine.skips(self.engine).loss_scale or 1.0
         skipped = self.engine.skipped_steps

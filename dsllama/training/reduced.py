@@ -1,4 +1,4 @@
-"""A run made small for the self-test: 2 layers, narrow, few tokens, but the same kinds of parts under the same engine."""
+"""A run made small for the self-test: 2 layers, narrow, few tokens, and the same kinds of parts under its engine."""
 
 from __future__ import annotations
 
@@ -81,12 +81,10 @@ class Subject:
             yield "gradient accumulation", self.with_micro_steps(1)
         for name, value in _SIMPLER.items():
             if getattr(c, name) != value:
-                simpler = self.but(**{name: value})
-                without_parameters = name == "offload_optimizer"  # DeepSpeed offloads them with the optimizer only
-                yield (
-                    f"{name} {getattr(c, name)}",
-                    simpler.but(offload_params="none") if without_parameters else simpler,
-                )
+                changes = {name: value}
+                if name == "offload_optimizer":  # without which DeepSpeed offloads no parameters
+                    changes["offload_params"] = "none"
+                yield f"{name} {getattr(c, name)}", self.but(**changes)
         if c.deepspeed_overlay is not None:
             base = deepspeed_config(c.model_copy(update={"deepspeed_overlay": None}), self.derived, accelerator())
             yield f"deepspeed_overlay {c.deepspeed_overlay}", dataclasses.replace(self, base=base)
