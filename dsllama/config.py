@@ -43,6 +43,10 @@ def _parse_stage(value: Any) -> Any:
     return parse_count(value)
 
 
+def _parse_switch(value: Any) -> Any:
+    return ("auto" if value else "off") if isinstance(value, bool) else _in_small_letters(value)  # YAML's on and off
+
+
 _Word = BeforeValidator(_in_small_letters)
 Device = Annotated[Literal["none", "cpu", "nvme"], _Word]
 
@@ -183,7 +187,7 @@ class TrainingConfig(BaseModel):
     """Peak TFLOP/s of one accelerator, for MFU. null: from the table of known ones."""
 
     # --- DeepSpeed ---
-    self_test: Annotated[Literal["auto", "off"], _Word] = "auto"
+    self_test: Annotated[Literal["auto", "off"], BeforeValidator(_parse_switch)] = "auto"
     """auto: before the first update, a reduced model must train under these settings as plain PyTorch does (in seconds,
     once for the same settings and versions); off: not."""
     precision: Annotated[Literal["bf16", "fp16", "fp32"], _Word] = "bf16"

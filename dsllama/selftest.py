@@ -73,6 +73,8 @@ def of_run(
     known = world.tell(known)
     if known is not None:
         return known, f"{summary(known)}; known since {known['at']}"
+    if world.is_main and config.enable_compilation:
+        print(f"self-test    compiles {_model(subject)}, which may take a minute", flush=True)
     verdict = verdict_on(subject, world, Path(config.ckpt_dir))
     if world.is_main:
         _keep(verdict)
@@ -110,7 +112,7 @@ def verdict_on(subject: Subject, world: World, ckpt_dir: Path, search: bool = Tr
     return {
         "result": "failed" if failed else "passed",
         "key": key_of(subject, world),
-        "model": f"{subject.config.n_layers} layers of {subject.config.n_embd}",
+        "model": _model(subject),
         "worst": {**dataclasses.asdict(worst), "ratio": worst.ratio},
         "failed": [dataclasses.asdict(finding) for finding in failed],
         "blame": blame,
@@ -142,6 +144,10 @@ def _examine_aside(subject: Subject, world: World, ckpt_dir: Path) -> list[Findi
             shutil.rmtree(each, ignore_errors=True)
 
 
+def _model(subject: Subject) -> str:
+    return f"{subject.config.n_layers} layers of {subject.config.n_embd}"
+
+
 def key_of(subject: Subject, world: World) -> str:
     """What a verdict holds for: these settings, on this kind of device, with these versions and this code."""
     ds_config, code = subject.json, hashlib.sha256()
@@ -163,7 +169,7 @@ def summary(verdict: Json) -> str:
         largest = f"largest deviation {worst['deviation']:.1e}, {worst['ratio']:.2g} of its limit ({where})"
         return f"self-test    passed: {model} train as in plain PyTorch under these settings; {largest}; {took}"
     rows = [["what", "part", "expected", "found", "factor", "deviation", "limit"]]
-    for each in verdict["failed"]:
+    for each in sorted(verdict["failed"], key=lambda each: -each["deviation"]):
         numbers = [f"{each[name]:.6g}" for name in ("expected", "found", "factor")]
         rows.append([each["what"], each["part"], *numbers, *(f"{each[name]:.1e}" for name in ("deviation", "limit"))])
     update = verdict["failed"][0]["update"]
@@ -183,7 +189,7 @@ def _kept_in() -> Path:
 
 def _kept(key: str) -> Json | None:
     try:
-        verdict: Json = json.loads((_kept_in() / f"{key}.json").read_text(encoding="utf-8"))
+        verdict: Json = json.loads((_kept_in() / f"{key[-64:]}.json").read_text(encoding="utf-8"))
         return verdict if summary(verdict) and verdict["key"] == key else None
     except (OSError, ValueError, KeyError, TypeError, RuntimeError):  # the last one: a user without a home
         return None
@@ -193,7 +199,7 @@ def _keep(verdict: Json) -> None:
     if verdict["result"] == "passed":
         with contextlib.suppress(OSError, RuntimeError):  # what cannot be kept is tested again
             _kept_in().mkdir(parents=True, exist_ok=True)
-            write_atomically(_kept_in() / f"{verdict['key']}.json", json.dumps(verdict))
+            write_atomically(_kept_in() / f"{verdict['key'][-64:]}.json", json.dumps(verdict))
 
 
 # ---------------------------------------------------------------- the command
