@@ -177,7 +177,7 @@ def summary(verdict: Json) -> str:
     lines += [f"             {row}" for row in console.table(rows)]
     lines.append(f"             at update {update}; each begins with the engine's own state")
     blame = [f"it passes without {name}" for name in verdict["blame"]] or ["no setting alone"]
-    lines.append(f"to blame     {', and '.join(blame)}")
+    lines.append(f"to blame     {', and '.join(blame)}; --self_test off would train all the same")
     if verdict["untried"]:
         lines.append(f"             (no time was left to try without {', '.join(verdict['untried'])})")
     return "\n".join(lines)
