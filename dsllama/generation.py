@@ -67,48 +67,32 @@ def generate_ids(
         generator.seed()
     else:
         generator.manual_seed(seed)
-    was_training = model.training
-    model.eval()
-    try:
-        with _uncompiled(model):
-            return _continue(model, list(ids), max_new_tokens, temperature, top_p, eos_id, generator, agree)
-    finally:
-        model.train(was_training)
-
-
-def _continue(
-    model: Any,
-    ids: list[int],
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    eos_id: int | None,
-    generator: torch.Generator,
-    agree: Callable[[int], int] | None,
-) -> list[int]:
-    window = model.config.max_seq_len
-    device = next(model.parameters()).device
+    window, device, was_training = model.config.max_seq_len, next(model.parameters()).device, model.training
     new: list[int] = []
     unread = ids[-window:]
     cache = KeyValueCache(len(model.layers), min(window, len(unread) + max_new_tokens))
-    for _ in range(max_new_tokens):
-        if cache.length + len(unread) > window:
-            # Half, and not all but one: reading the window anew for each token would cost as much as no cache.
-            unread = (ids + new)[-max(1, window // 2) :]
-            cache = KeyValueCache(len(model.layers), window)
-        logits = model(torch.tensor([unread], device=device), cache=cache)[0, -1, : model.known_tokens]
-        token = _choose(logits.double().cpu(), temperature, top_p, generator)
-        token = token if agree is None else agree(token)
-        if token == eos_id:
-            break
-        new.append(token)
-        unread = [token]
+    model.eval()
+    try:
+        with uncompiled(getattr(model, "_compiled_call_impl", None) is not None):
+            for _ in range(max_new_tokens):
+                if cache.length + len(unread) > window:
+                    # Half, and not all but one: reading the window anew for each token would cost as much as no cache.
+                    unread = (ids + new)[-max(1, window // 2) :]
+                    cache = KeyValueCache(len(model.layers), window)
+                logits = model(torch.tensor([unread], device=device), cache=cache)[0, -1, : model.known_tokens]
+                token = _choose(logits.double().cpu(), temperature, top_p, generator)
+                token = token if agree is None else agree(token)
+                if token == eos_id:
+                    break
+                new.append(token)
+                unread = [token]
+    finally:
+        model.train(was_training)
     return new
 
 
-def _uncompiled(model: Any) -> contextlib.AbstractContextManager[Any]:
-    """Run a model that was compiled in place as it was before: every length of the cache would be compiled anew."""
-    compiled = getattr(model, "_compiled_call_impl", None) is not None
+def uncompiled(compiled: bool) -> contextlib.AbstractContextManager[Any]:
+    """Run what was compiled in place as it was before: each shape of its own would be compiled anew."""
     return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
 
 

@@ -14,7 +14,6 @@ the sizes of the files; their contents are checked while they are read, and all 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import time
@@ -24,10 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dsllama import files
 from dsllama.checkpoint.fragments import DamagedFile, problems_of
 from dsllama.config import TrainingConfig, load_config
 from dsllama.errors import Problem, UserError
-from dsllama.files import sha256
 
 MANIFEST = "manifest.json"
 FORMAT = "dsllama-checkpoint-4"
@@ -95,7 +94,7 @@ class Checkpoint:
         if "blocks" in entry:
             return problems_of(self.path / name, entry)
         try:
-            whole = sha256(self.path / name) == entry["sha256"]
+            whole = files.sha256(self.path / name) == entry["sha256"]
         except OSError as error:
             return [f"{name} cannot be read ({error.strerror})"]
         return [] if whole else [f"{name} does not have the checksum that it was saved with"]
@@ -172,7 +171,7 @@ def open_checkpoint(path: str | Path, warn: Callable[[str], Any] | None = None, 
     Raises UserError with what is wrong.
     """
     path = Path(path).resolve()
-    if holds_checkpoints(path):
+    if list_checkpoints(path):
         newest = newest_whole(path, warn, resumable=resumable)
         if newest is not None:
             return newest
@@ -189,11 +188,6 @@ def open_checkpoint(path: str | Path, warn: Callable[[str], Any] | None = None, 
         remedy = f"--init_from {path} begins anew with its weights; {remedy}"
     problem = Problem(str(path), f"is not a whole checkpoint: {reason}", remedy)
     raise UserError(problem, "cannot load the checkpoint")
-
-
-def holds_checkpoints(path: Path) -> bool:
-    """Whether a folder is one of checkpoints, and none itself."""
-    return bool(list_checkpoints(path))
 
 
 def none_is_whole(where: str, folder: Path, resumable: bool) -> Problem:
@@ -279,23 +273,30 @@ def _problem(found: Checkpoint) -> str:
 
 def digest(manifest: dict[str, Any]) -> str:
     """By which a manifest is known to be as it was saved: what it says decides which data a run goes on with."""
-    rest = {name: value for name, value in manifest.items() if name != "digest"}
-    return "sha256:" + hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    return files.digest({name: value for name, value in manifest.items() if name != "digest"})
 
 
-def with_first_whole(path: str | Path, use: Callable[[Checkpoint], T], warn: Callable[[str], Any]) -> T:
-    """`use` of a checkpoint; given a folder of them, of the newest that turns out whole while it is read.
-
-    Raises UserError with what is damaged.
-    """
-    source = open_checkpoint(path, warn)
+def with_first_whole(
+    source: Checkpoint, use: Callable[[Checkpoint], T], instead: Callable[[Checkpoint, str], Checkpoint]
+) -> T:
+    """`use` of a checkpoint; where it turns out damaged while it is read, of the one that is given `instead` of it and
+    of what is damaged, and so on."""
     while True:
         try:
             return use(source)
         except DamagedFile as error:
-            older = newest_whole(path, warn, before=source.update) if holds_checkpoints(Path(path)) else None
-            if older is None:
-                problem = Problem(str(source.path), f"is damaged: {error}", "give the path of another checkpoint")
-                raise UserError(problem, "cannot load the checkpoint") from None
-            warn(f"passing over the damaged checkpoint {source.path}: {error}")
-            source = older
+            source = instead(source, str(error))
+
+
+def older_whole(
+    path: str | Path, warn: Callable[[str], Any], damaged: Checkpoint, reason: str, where: str = ""
+) -> Checkpoint:
+    """The newest whole one before a damaged one, if `path` is the folder of both. Raises UserError, of the field
+    `where`, if there is none."""
+    older = newest_whole(path, warn, before=damaged.update)
+    if older is None:
+        named = (where, str(damaged.path)) if where else (str(damaged.path), None)
+        problem = Problem(named[0], f"is damaged: {reason}", "give the path of another checkpoint", named[1])
+        raise UserError(problem, "cannot load the checkpoint") from None
+    warn(f"passing over the damaged checkpoint {damaged.path}: {reason}; beginning with {older.path}")
+    return older

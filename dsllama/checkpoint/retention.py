@@ -18,7 +18,6 @@ from dsllama.checkpoint.catalog import (
     MANIFEST,
     Checkpoint,
     digest,
-    holds_checkpoints,
     list_checkpoints,
     look_at,
     update_of,
@@ -109,7 +108,7 @@ def prune(
     Everything in the newest one is read beforehand, and in all with `damaged`. dry_run: nothing is changed.
     Raises UserError where a run holds the folder, or no whole checkpoint that can be resumed would be left.
     """
-    if not holds_checkpoints(ckpt_dir):
+    if not list_checkpoints(ckpt_dir):
         raise UserError(Problem(str(ckpt_dir), "is no folder of checkpoints", "give a ckpt_dir"))
     remedy = "set keep_last in its configuration, or wait for its end"
     with hold(ckpt_dir / LOCK, str(ckpt_dir), "", remedy) if not dry_run else contextlib.nullcontext():

@@ -60,6 +60,18 @@ class World:
         dist.broadcast_object_list(told, 0)
         return told[0]
 
+    def ask_main(self, question: Callable[[], Any]) -> Any:
+        """What a call comes to on the first rank, on every rank: its value, or the UserError raised. Collective."""
+        found = None
+        try:
+            found = question() if self.is_main else None
+        except UserError as error:
+            found = error
+        found = self.tell(found)
+        if isinstance(found, UserError):
+            raise found
+        return found
+
 
 def world_from_environment() -> tuple[int, int]:
     """(rank, world size) as a launcher set them; (0, 1) without one. Needs no DeepSpeed."""

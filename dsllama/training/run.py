@@ -98,14 +98,8 @@ def _train(job: Job, rank: int, world_size: int, holds: Holds) -> int:
     # From here on a signal is a stop request: one that comes while the engine is built is met after the first update.
     stop = StopRequest()
     stop.listen()
-    try:
-        world = engine.start(rank, world_size)
-    except UserError as error:
-        return complain(str(error), rank, EXIT_USER_ERROR)
-    try:
-        job = _as_the_first_rank(job, world)
-    except UserError as error:
-        return complain(str(error) if world.is_main else "", rank, EXIT_USER_ERROR)
+    world = engine.start(rank, world_size)
+    job = _as_the_first_rank(job, world)
     finished = job.resume_from
     if finished is not None and finished.update >= job.derived.updates:
         if world.is_main:
@@ -116,24 +110,17 @@ def _train(job: Job, rank: int, world_size: int, holds: Holds) -> int:
         return 0
     if world.is_main:
         _announce(job)
+    earlier = job.resume_from.manifest.get("self_test") if job.resume_from else None
+    verdict, told = selftest.of_run(job.config, job.derived, job.ds_config, world, earlier)
+    if world.is_main:
+        print(told, flush=True)
+    if verdict["result"] == "failed":
+        return complain("", rank, EXIT_FAILED)
+    job = dataclasses.replace(job, self_test=verdict)
     try:
-        try:
-            earlier = job.resume_from.manifest.get("self_test") if job.resume_from else None
-            verdict, told = selftest.of_run(job.config, job.derived, job.ds_config, world, earlier)
-            if world.is_main:
-                print(told, flush=True)
-            if verdict["result"] == "failed":
-                return complain("", rank, EXIT_FAILED)
-            job = dataclasses.replace(job, self_test=verdict)
-            trainer = Trainer(job, world, stop, holds.ckpt_dir)
-            if problem := world.tell(_make_notes(job) if world.is_main else None):
-                raise UserError(problem)
-        except UserError as error:  # DeepSpeed's, or a damaged checkpoint: the same on every rank
-            return complain(str(error) if world.is_main else "", rank, EXIT_USER_ERROR)
+        trainer = Trainer(job, world, stop, holds.ckpt_dir)
+        world.ask_main(lambda: _make_notes(job))
         outcome = trainer.run()
-    except UserError as error:  # data that turn out bad on the way, on whichever rank reads them
-        print(f"rank {rank}: {error}", file=sys.stderr, flush=True)
-        return EXIT_USER_ERROR
     except TrainingFailed as error:
         # Every rank has come to the same, so one says it.
         return complain(f"training stopped: {error}" if world.is_main else "", rank, EXIT_FAILED)
@@ -144,24 +131,26 @@ def _train(job: Job, rank: int, world_size: int, holds: Holds) -> int:
 
 def _as_the_first_rank(job: Job, world: World) -> Job:
     """The job with the checkpoints that the first rank has chosen. Collective. Raises UserError on every rank."""
-    from dsllama.checkpoint.fragments import DamagedFile
+    from dsllama.checkpoint.catalog import Checkpoint, with_first_whole
     from dsllama.training import checkpoint as checkpoints
 
-    chosen, layout = checkpoints.first_ranks(job.resume_from, world), job.parallel_layout
-    while chosen is not None and chosen.update >= job.derived.updates:  # nobody is going to load it
-        try:
-            checkpoints.insist_on_whole_files(chosen, world)
-            break
-        except DamagedFile as error:
-            vocab_size, reason = job.derived.vocab_size, str(error)
-            chosen = checkpoints.next_whole(job.config, layout, vocab_size, chosen, reason, world, logger.warning)
+    def finished(source: Checkpoint) -> Checkpoint:
+        if source.update >= job.derived.updates:  # nobody is going to load it
+            checkpoints.insist_on_whole_files(source, world)
+        return source
+
+    def instead(damaged: Checkpoint, reason: str) -> Checkpoint:
+        return world.ask_main(lambda: checkpoints.next_whole(job, damaged, reason))
+
+    chosen, init_from = world.tell((job.resume_from, job.init_from))
+    chosen = chosen and with_first_whole(chosen, finished, instead)
     position = chosen.manifest["data"] if chosen else {**job.loader.state_dict(), "consumed_samples": 0}
     job.loader.load_state_dict(position)
-    return dataclasses.replace(job, resume_from=chosen, init_from=checkpoints.first_ranks(job.init_from, world))
+    return dataclasses.replace(job, resume_from=chosen, init_from=init_from)
 
 
-def _make_notes(job: Job) -> Problem | None:
-    """Clear up in ckpt_dir and note what is started; why that cannot be."""
+def _make_notes(job: Job) -> None:
+    """Clear up in ckpt_dir and note what is started. Raises UserError."""
     from dsllama.training.trainer import run_files
 
     ckpt_dir = Path(job.config.ckpt_dir)
@@ -170,8 +159,7 @@ def _make_notes(job: Job) -> Problem | None:
     try:
         note_start(ckpt_dir, run_files(job))
     except OSError as error:
-        return of_system(error)
-    return None
+        raise UserError(of_system(error)) from None
 
 
 def note_start(ckpt_dir: Path, files: dict[str, str]) -> Path:
@@ -226,7 +214,7 @@ def prepare(config: TrainingConfig, rank: int, world_size: int, holds: Holds | N
         if holds is not None and rank == 0 and not unwritable:
             problems += holds.take(config)
     with _collecting(problems):
-        resume_from = checkpoints.choose(config, logger.warning)
+        resume_from = checkpoints.choose(config)
     with _collecting(problems):
         derived = derive(config, world_size, vocab_size)
         ds_json = deepspeed_config(config, derived, engine.accelerator())

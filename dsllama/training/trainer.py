@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,19 +26,17 @@ import yaml
 
 from dsllama.checkpoint.catalog import (
     Checkpoint,
-    holds_checkpoints,
     list_checkpoints,
-    newest_whole,
+    older_whole,
     timestamp,
     update_of,
+    with_first_whole,
 )
-from dsllama.checkpoint.fragments import DamagedFile
 from dsllama.checkpoint.retention import Policy, Retention
 from dsllama.config import TrainingConfig
 from dsllama.data.loader import DatasetLoader
 from dsllama.data.tokenizer import Tokenizer
 from dsllama.derived import Derived
-from dsllama.errors import Problem, UserError
 from dsllama.locks import Hold
 from dsllama.machine import peak_memory_gib, peak_tflops, versions
 from dsllama.model import IGNORE_INDEX, LLaMaTransformer
@@ -381,7 +380,8 @@ class Trainer:
         """Draw the plot anew and remove old checkpoints; in a thread, since each may take seconds."""
         assert self.report is not None
         try:
-            self.report.plot(self._tokens_saved())
+            published = list_checkpoints(self.config.ckpt_dir)
+            self.report.plot([update_of(path) * self.config.tokens_per_update for path in published])
         except OSError as error:
             logger.warning(f"the plot could not be drawn: {error}")
         if self.retention is None:
@@ -413,32 +413,21 @@ class Trainer:
         if self.world.is_main:
             print(f"not saved    {told} The run goes on to the next one.", flush=True)
 
-    def _tokens_saved(self) -> list[int]:
-        """Where there is a checkpoint, in tokens."""
-        found = list_checkpoints(self.config.ckpt_dir)
-        return [update_of(path) * self.config.tokens_per_update for path in found]
-
     def _begin_with(self, source: Checkpoint) -> None:
         """Take up its weights; where they are damaged, those of the newest before it in the folder that was given."""
-        while True:
-            try:
-                checkpoints.begin_with(source, self.world, self.engine)
-                return
-            except DamagedFile as error:
-                reason = str(error)
-            folder, older = Path(self.config.init_from or ""), None
-            if self.world.is_main and holds_checkpoints(folder):
-                older = newest_whole(folder, logger.warning, before=source.update)
-            older = checkpoints.first_ranks(older, self.world)
-            if older is None:
-                problem = Problem("init_from", f"is damaged: {reason}", "give another checkpoint", str(source.path))
-                raise UserError(problem)
-            logger.warning(f"passing over the damaged checkpoint {source.path}: {reason}; beginning with {older.path}")
-            source = older
+        older = partial(older_whole, self.config.init_from or "", logger.warning, where="init_from")
+        with_first_whole(
+            source,
+            lambda source: checkpoints.begin_with(source, self.world, self.engine),
+            lambda damaged, reason: self.world.ask_main(lambda: older(damaged, reason)),
+        )
 
     def _resume(self, source: Checkpoint) -> None:
         fresh = self.scheduler.state_dict()
-        source = self._load_first_whole(source)
+        try:
+            source = with_first_whole(source, self._load, self._next_whole)
+        except RuntimeError as error:
+            raise TrainingFailed(f"the checkpoint could not be loaded: {error}") from None
         self.resumed_from = self.last_checkpoint = source
         self.update = source.update
         self.streak = Streak(**source.manifest.get("skipping", {}))
@@ -452,24 +441,16 @@ class Trainer:
                 flush=True,
             )
 
-    def _load_first_whole(self, source: Checkpoint) -> Checkpoint:
-        """Load a checkpoint; where it turns out damaged, the newest whole one before it. Returns what was loaded."""
-        config, layout = self.config, self.job.parallel_layout
-        while True:
-            try:
-                pinned = self.loader.first_sequence()
-                checkpoints.load(source, self.world, self.engine, pinned, config.precision)
-                return source
-            except DamagedFile as error:
-                vocab_size = self.derived.vocab_size
-                source = checkpoints.next_whole(
-                    config, layout, vocab_size, source, str(error), self.world, logger.warning
-                )
-            except RuntimeError as error:
-                raise TrainingFailed(f"the checkpoint could not be loaded: {error}") from None
-            self.loader.load_state_dict(source.manifest["data"])
-            if self.world.is_main:
-                print("\n".join(checkpoints.resumption_lines(source, config, layout)), flush=True)
+    def _load(self, source: Checkpoint) -> Checkpoint:
+        checkpoints.load(source, self.world, self.engine, self.loader.first_sequence(), self.config.precision)
+        return source
+
+    def _next_whole(self, damaged: Checkpoint, reason: str) -> Checkpoint:
+        source: Checkpoint = self.world.ask_main(lambda: checkpoints.next_whole(self.job, damaged, reason))
+        self.loader.load_state_dict(source.manifest["data"])
+        if self.world.is_main:
+            print("\n".join(checkpoints.resumption_lines(source, self.config, self.job.parallel_layout)), flush=True)
+        return source
 
     def _insist_on_finite(self, loss: float, grad_norm: float | None) -> None:
         """Stop before anything that is not finite can reach a checkpoint; say what the engine has skipped."""
@@ -582,11 +563,11 @@ class Stopwatch:
         return rate
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[Stopwatch]:
-        """Keep what happens within out of `training_seconds`; gives a watch of its own for it."""
-        watch = Stopwatch()
-        yield watch
-        self._idle += watch.seconds
+    def paused(self) -> Iterator[None]:
+        """Keep what happens within out of `training_seconds`."""
+        began = time.perf_counter()
+        yield
+        self._idle += time.perf_counter() - began
 
 
 def is_sample_update(update: int, config: TrainingConfig) -> bool:
