@@ -15,7 +15,7 @@ import socket
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dsllama.checkpoint.state import SCALER_STATE, raise_together
 from dsllama.config import TrainingConfig
 from dsllama.errors import Problem, UserError
 from dsllama.machine import missing_compiler, unusable_gpu
@@ -297,10 +298,7 @@ def gradient_norm(engine: Any) -> float | None:
 
 
 def plain_gradient_norm(engine: Any) -> float:
-    """The norm of the averaged gradients that lie in `.grad`, just before the step (fp32 at stage 0).
-
-    DeepSpeed reports no norm there (`get_global_grad_norm()` is None).
-    """
+    """The norm of the averaged gradients that lie in `.grad`, just before the step (fp32 at stage 0)."""
     return float(torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]))
 
 
@@ -309,29 +307,21 @@ def save(engine: Any, folder: Path) -> None:
 
     Raises OSError on the ranks that could not write.
     """
-    writer = engine.checkpoint_engine
     failures: list[Exception] = []
 
-    def write(*arguments: Any, **options: Any) -> None:
+    def surviving(method: Callable[..., Any]) -> Callable[..., None]:
         # A rank that raised inside save_checkpoint would leave the others waiting in DeepSpeed's own barriers.
-        try:
-            type(writer).save(writer, *arguments, **options)
-        except Exception as error:
-            failures.append(error)
+        def call(*arguments: Any, **options: Any) -> None:
+            try:
+                method(*arguments, **options)
+            except Exception as error:
+                failures.append(error)
 
-    def copy_script(*arguments: Any) -> None:
-        try:
-            type(engine)._copy_recovery_script(engine, *arguments)
-        except Exception as error:
-            failures.append(error)
+        return call
 
-    def create(*arguments: Any, **options: Any) -> None:
-        try:
-            type(writer).makedirs(writer, *arguments, **options)
-        except Exception as error:
-            failures.append(error)
-
-    writer.save, writer.makedirs, engine._copy_recovery_script = write, create, copy_script
+    writer = engine.checkpoint_engine
+    writer.save, writer.makedirs = surviving(writer.save), surviving(writer.makedirs)
+    engine._copy_recovery_script = surviving(engine._copy_recovery_script)
     try:
         # `save_latest` writes its pointer before the other ranks have finished, so it is never used here.
         engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
@@ -348,47 +338,35 @@ def load(engine: Any, folder: Path) -> None:
     Raises RuntimeError on every rank if any rank failed.
     """
     failure = ""
-    settings = _Settings(engine)
     try:
         # Our files: DeepSpeed's own state holds Python objects, which only a full unpickling can read.
-        loaded, _ = engine.load_checkpoint(str(folder), tag=TAG)
+        with _keeping_settings(engine):
+            loaded, _ = engine.load_checkpoint(str(folder), tag=TAG)
         if loaded is None:
             failure = "DeepSpeed found nothing to load"
-        settings.restore(engine)
     except Exception as error:  # anything may come from a damaged file; one rank's failure must be everyone's
         failure = f"{type(error).__name__}: {error}"
-    failures: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(failures, failure)
-    for rank, text in enumerate(failures):
-        if text:
-            raise RuntimeError(f"rank {rank} could not load {folder}: {text[:300]}")
+    raise_together(failure and f"rank {dist.get_rank()} could not load {folder}: {failure[:300]}", RuntimeError)
 
 
-class _Settings:
-    """What a load of DeepSpeed's brings back beside the state, though this run's configuration says otherwise:
-    the clipping, the optimizer's hyperparameters, the bounds of the loss scale."""
-
-    # What a dynamic loss scaler has come to, as against how it was set up.
-    _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-
-    def __init__(self, engine: Any) -> None:
-        self.clipping = getattr(engine.optimizer, "clip_grad", None)
-        self.scaler = _loss_scaler(engine)
-        self.groups = [settings_of(group) for group in engine.basic_optimizer.param_groups]
-
-    def restore(self, engine: Any) -> None:
-        if self.clipping is not None:
-            engine.optimizer.clip_grad = self.clipping
-        for group, settings in zip(engine.basic_optimizer.param_groups, self.groups, strict=True):
-            group.update(settings)
-        loaded = _loss_scaler(engine)
-        if loaded is self.scaler:
-            return
-        if self.scaler.dynamic and loaded.dynamic:
-            for name in self._SCALER_STATE:
-                setattr(self.scaler, name, getattr(loaded, name))
-        engine.optimizer.loss_scaler = self.scaler
-        engine.optimizer.dynamic_loss_scale = self.scaler.dynamic
+@contextlib.contextmanager
+def _keeping_settings(engine: Any) -> Iterator[None]:
+    """What a load of DeepSpeed's brings back beside the state, though this run's configuration says otherwise: the
+    clipping, the optimizer's hyperparameters, the bounds of the loss scale."""
+    clipping, scaler = getattr(engine.optimizer, "clip_grad", None), _loss_scaler(engine)
+    groups = [settings_of(group) for group in engine.basic_optimizer.param_groups]
+    yield
+    if clipping is not None:
+        engine.optimizer.clip_grad = clipping
+    for group, settings in zip(engine.basic_optimizer.param_groups, groups, strict=True):
+        group.update(settings)
+    loaded = _loss_scaler(engine)
+    if loaded is not scaler:
+        if scaler.dynamic and loaded.dynamic:
+            for name in SCALER_STATE:
+                setattr(scaler, name, getattr(loaded, name))
+        engine.optimizer.loss_scaler = scaler
+        engine.optimizer.dynamic_loss_scale = scaler.dynamic
 
 
 def _quieten() -> None:
@@ -452,7 +430,6 @@ def _set_default_timeout() -> None:
 
 def free_port() -> str:
     """A port of this host that nobody listens on."""
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
