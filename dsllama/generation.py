@@ -116,16 +116,11 @@ def token_probabilities(logits: Tensor, temperature: float, top_p: float) -> Ten
 
 def sampling_problems(max_new_tokens: int, temperature: float, top_p: float, seed: int | None = None) -> list[Problem]:
     """What is wrong with these values, for a message that tells it all at once."""
+    seed_fits = seed is None or 0 <= seed < 2**64
     rules = [
+        ("seed", seed_fits, "must be from 0 to 2**64 - 1", "leave it out for another each time", seed),
         ("max_new_tokens", max_new_tokens >= 0, "must not be negative", "128 is a paragraph", max_new_tokens),
         ("temperature", 0 <= temperature < math.inf, "must be 0 (greedy) or more", "0.8 is usual", temperature),
         ("top_p", 0 < top_p <= 1, "must be above 0 and at most 1", "0.95 is usual, 1 takes all", top_p),
-        (
-            "seed",
-            seed is None or 0 <= seed < 2**64,
-            "must be from 0 to 2**64 - 1",
-            "leave it out for another each time",
-            seed,
-        ),
     ]
     return [Problem(name, rule, remedy, value) for name, fits, rule, remedy, value in rules if not fits]

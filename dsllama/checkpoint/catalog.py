@@ -29,11 +29,10 @@ from dsllama.config import TrainingConfig, load_config
 from dsllama.errors import Problem, UserError
 
 MANIFEST = "manifest.json"
-FORMAT = "dsllama-checkpoint-4"
-# Whose files are DeepSpeed's; the first one's manifests have other words, and no digest.
-_FIRST_FORMAT, _SECOND_FORMAT = "dsllama-checkpoint-1", "dsllama-checkpoint-2"
-# It had weights and moments in the same file.
-_THIRD_FORMAT = "dsllama-checkpoint-3"
+# The first two hold DeepSpeed's files, the first one's manifests have other words and no digest; the third had weights
+# and moments in the same file.
+_FORMATS = [f"dsllama-checkpoint-{number}" for number in (1, 2, 3, 4)]
+FORMAT = _FORMATS[-1]
 _NAME = re.compile(r"update_(\d{7,})")
 # Small, and read whole: their digests are always looked at.
 _TEXTS = ("config.yaml", "deepspeed.json", "tokenizer.json")
@@ -237,9 +236,9 @@ def look_at(path: Path) -> Checkpoint | str:
         return f"it has no {MANIFEST}"
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["format"] not in (FORMAT, _THIRD_FORMAT, _SECOND_FORMAT, _FIRST_FORMAT):
+        if manifest["format"] not in _FORMATS:
             return f"its format is {manifest['format']!r}, not {FORMAT!r}"
-        if manifest["format"] == _FIRST_FORMAT:
+        if manifest["format"] == _FORMATS[0]:
             manifest["parallel_layout"] = manifest.pop("topology")
         elif manifest["digest"] != digest(manifest):
             return f"its {MANIFEST} was changed after it was saved"

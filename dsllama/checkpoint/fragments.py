@@ -238,8 +238,8 @@ class StateFile:
         return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
     def _read_at(self, at: int, length: int) -> bytes:
+        data = b""
         try:
-            data = os.pread(self._file.fileno(), length, at)
             while len(data) < length:
                 more = os.pread(self._file.fileno(), length - len(data), at + len(data))
                 if not more:

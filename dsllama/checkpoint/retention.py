@@ -157,9 +157,8 @@ def remove(path: Path) -> None:
         path.unlink()
         return
     aside = path.with_name(f"{_REMOVING}{path.name}")
-    if path != aside:
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
     shutil.rmtree(aside)
 
 

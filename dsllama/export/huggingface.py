@@ -101,9 +101,7 @@ def export_huggingface(
 
 
 def _check_target(out: Path, overwrite: bool) -> list[Problem]:
-    if not out.exists():
-        return []
-    if out.is_dir() and not any(out.iterdir()):
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return []
     if not _exported(out):
         rule = f"exists already, and holds no export of dsllama's (by its {_RECORD}), so nothing in it is replaced"

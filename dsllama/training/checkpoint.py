@@ -51,14 +51,9 @@ def choose(config: TrainingConfig) -> Checkpoint | None:
     existing = list_checkpoints(config.ckpt_dir)
     if config.load_ckpt is False:
         if existing:
-            raise UserError(
-                Problem(
-                    "ckpt_dir",
-                    f"holds {len(existing)} checkpoints of an earlier run, the newest {existing[-1].name}",
-                    "use --load_ckpt true to go on with it, or another --ckpt_dir",
-                    config.ckpt_dir,
-                )
-            )
+            rule = f"holds {len(existing)} checkpoints of an earlier run, the newest {existing[-1].name}"
+            remedy = "use --load_ckpt true to go on with it, or another --ckpt_dir"
+            raise UserError(Problem("ckpt_dir", rule, remedy, config.ckpt_dir))
         return None
     if isinstance(config.load_ckpt, str) and config.load_ckpt != "auto":
         named = open_checkpoint(config.load_ckpt, logger.warning, resumable=True)
@@ -125,13 +120,10 @@ def _other_shape(
         if theirs[name] != ours[name]
     ]
     if checkpoint.manifest["vocab_size"] != vocab_size:
-        problems.append(
-            Problem(
-                "vocab_size" if config.vocab_size is not None else "tokenizer_path",
-                f"gives a vocabulary of {vocab_size}, the checkpoint has {checkpoint.manifest['vocab_size']}",
-                f"use the tokenizer that lies in the checkpoint, and vocab_size {theirs['vocab_size'] or 'null'}",
-            )
-        )
+        where = "vocab_size" if config.vocab_size is not None else "tokenizer_path"
+        rule = f"gives a vocabulary of {vocab_size}, the checkpoint has {checkpoint.manifest['vocab_size']}"
+        remedy = f"use the tokenizer that lies in the checkpoint, and vocab_size {theirs['vocab_size'] or 'null'}"
+        problems.append(Problem(where, rule, remedy))
     return problems
 
 

@@ -110,7 +110,7 @@ def start(rank: int, world_size: int) -> World:
         remedy = f"give the launcher another one, such as --master_port {free_port()}"
         raise UserError(Problem("the port", rule, remedy)) from None
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
-    return World(rank=rank, local_rank=local_rank, size=world_size, device=device)
+    return World(rank, local_rank, world_size, device)
 
 
 def accelerator() -> str:
@@ -201,14 +201,10 @@ def build(model_factory: Callable[[], torch.nn.Module], ds_config: Json) -> tupl
         engine, *_ = deepspeed.initialize(model=model, model_parameters=parameter_groups(model), config=ds_config)
     except (AssertionError, ValueError, NotImplementedError) as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
-        raise UserError(
-            Problem(
-                "the DeepSpeed configuration",
-                f"DeepSpeed builds no engine from it: {' '.join(str(error).split()) or place.line} "
-                f"({Path(place.filename).name}:{place.lineno})",
-                "see `dsllama config` for all of it; an overlay's keys are the likeliest",
-            )
-        ) from None
+        why = " ".join(str(error).split()) or place.line
+        rule = f"DeepSpeed builds no engine from it: {why} ({Path(place.filename).name}:{place.lineno})"
+        remedy = "see `dsllama config` for all of it; an overlay's keys are the likeliest"
+        raise UserError(Problem("the DeepSpeed configuration", rule, remedy)) from None
     scaler = _loss_scaler(engine)
     if scaler is not None and scaler.dynamic:
         scaler.raise_error_at_min_scale = False  # the trainer stops the run, with words

@@ -57,6 +57,7 @@ def main(argv: Sequence[str]) -> int:
         job = prepare(_parse(argv), rank, world_size, holds)
         return _train(job, rank, world_size, holds)
     except UserError as error:
+        # The same on every rank, or, where data turn out bad on the way, of the one that reads them.
         return complain(str(error), rank, EXIT_USER_ERROR)
     finally:
         holds.release()
@@ -192,6 +193,7 @@ def prepare(config: TrainingConfig, rank: int, world_size: int, holds: Holds | N
     from dsllama.checkpoint.catalog import open_checkpoint
     from dsllama.deepspeed_config import deepspeed_config
     from dsllama.derived import DEFAULT_VOCABULARY, derive
+    from dsllama.model import vocabulary
     from dsllama.training import checkpoint as checkpoints
     from dsllama.training import engine, saving
     from dsllama.training.trainer import Job, parallel_layout
@@ -243,6 +245,8 @@ def _open_data(
     config: TrainingConfig, rank: int, world_size: int, vocab_size: int | None
 ) -> tuple[DatasetLoader, DatasetLoader | None]:
     """The loader of the training part, and of the held-out part where there is one."""
+    from dsllama.training.engine import accelerator
+
     opened = functools.partial(
         DatasetLoader,
         config.batch_size,
@@ -250,7 +254,7 @@ def _open_data(
         rank,
         world_size,
         TokenStream(config.dataset_dir, vocab_size),
-        _device(),
+        f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if accelerator() == "cuda" else "cpu",
         seed=config.seed,
         validation_tokens=config.validation_tokens,
     )
@@ -281,33 +285,17 @@ def _encoded_otherwise(config: TrainingConfig, fingerprint: str) -> list[Problem
     manifest = Manifest.load(Path(config.dataset_dir))
     if manifest is None or manifest.tokenizer == fingerprint:
         return []
-    return [
-        Problem(
-            "tokenizer_path",
-            f"is not the tokenizer that encoded {config.dataset_dir}",
-            "use that one, or run `dsllama encode` again with this one",
-            config.tokenizer_path,
-        )
-    ]
-
-
-def vocabulary(config: TrainingConfig, tokenizer_size: int) -> int:
-    """Rows of the embedding: the tokenizer's, or the configuration's larger number."""
-    if config.vocab_size is not None and config.vocab_size < tokenizer_size:
-        raise UserError(
-            Problem(
-                "vocab_size",
-                f"is smaller than the tokenizer's {tokenizer_size}",
-                f"leave it out, or pad to {-(-tokenizer_size // 64) * 64}",
-                config.vocab_size,
-            )
-        )
-    return config.vocab_size or tokenizer_size
+    rule, remedy = (
+        f"is not the tokenizer that encoded {config.dataset_dir}",
+        "use that one, or run `dsllama encode` again",
+    )
+    return [Problem("tokenizer_path", rule, f"{remedy} with this one", config.tokenizer_path)]
 
 
 def vocabulary_so_far(config: TrainingConfig) -> tuple[int, bool]:
     """(`vocabulary`, and whether it is only assumed) where the tokenizer need not be there yet."""
     from dsllama.derived import DEFAULT_VOCABULARY
+    from dsllama.model import vocabulary
 
     if Path(config.tokenizer_path).exists():
         return vocabulary(config, Tokenizer.load(config.tokenizer_path).vocab_size), False
@@ -334,12 +322,6 @@ def _parse(argv: Sequence[str]) -> TrainingConfig:
     # DeepSpeed's launcher passes it; the environment says the same.
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     return arguments.config_from(parser.parse_args(argv))
-
-
-def _device() -> str:
-    from dsllama.training import engine
-
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if engine.accelerator() == "cuda" else "cpu"
 
 
 def complain(text: str, rank: int, code: int) -> int:
