@@ -80,7 +80,12 @@ def generate_ids(
                     unread = (ids + new)[-max(1, window // 2) :]
                     cache = KeyValueCache(len(model.layers), window)
                 logits = model(torch.tensor([unread], device=device), cache=cache)[0, -1, : model.known_tokens]
-                token = _choose(logits.double().cpu(), temperature, top_p, generator)
+                logits = logits.double().cpu()
+                if temperature == 0:
+                    token = int(logits.argmax())
+                else:
+                    nucleus = token_probabilities(logits, temperature, top_p)
+                    token = int(torch.multinomial(nucleus, 1, generator=generator))
                 token = token if agree is None else agree(token)
                 if token == eos_id:
                     break
@@ -94,13 +99,6 @@ def generate_ids(
 def uncompiled(compiled: bool) -> contextlib.AbstractContextManager[Any]:
     """Run what was compiled in place as it was before: each shape of its own would be compiled anew."""
     return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
-
-
-def _choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """One id from logits (V,): the largest at temperature 0, else drawn from the nucleus."""
-    if temperature == 0:
-        return int(logits.argmax())
-    return int(torch.multinomial(token_probabilities(logits, temperature, top_p), 1, generator=generator))
 
 
 def token_probabilities(logits: Tensor, temperature: float, top_p: float) -> Tensor:

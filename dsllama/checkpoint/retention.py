@@ -61,7 +61,9 @@ class Policy:
         if not resumable:
             return []
         others = [c for c in ordered if c.update not in kept]
-        return [c for c in others if _has_separate_moments(c)] if self.weights else others
+        if not self.weights:
+            return others
+        return [c for c in others if any(name.startswith(_OPTIMIZER) for name in c.manifest["files"])]
 
 
 class Retention:
@@ -197,7 +199,3 @@ def _remove_dropped(checkpoint: Checkpoint) -> None:
     for file in checkpoint.path.glob(f"{_OPTIMIZER}*"):
         if file.name not in checkpoint.manifest["files"]:
             file.unlink()
-
-
-def _has_separate_moments(checkpoint: Checkpoint) -> bool:
-    return any(name.startswith(_OPTIMIZER) for name in checkpoint.manifest["files"])

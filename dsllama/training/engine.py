@@ -157,9 +157,12 @@ def unsupported_here(config: TrainingConfig, ds_config: Json) -> list[Problem]:
     if "nvme" in devices and config.checkpoint_format == "deepspeed":
         rule = "deepspeed would not bring back the state of a run that offloads to nvme: DeepSpeed's load leaves it out"
         problems.append(Problem("checkpoint_format", rule, "use checkpoint_format portable"))
-    if "nvme" in devices and not _has_libaio():
-        rule = "to nvme needs the headers of libaio to build DeepSpeed's async_io"
-        problems.append(Problem("offload", rule, "apt-get install libaio-dev (or libaio-devel), or offload to cpu"))
+    if "nvme" in devices:
+        from deepspeed.ops.op_builder import AsyncIOBuilder
+
+        if not AsyncIOBuilder().is_compatible(verbose=False):
+            rule = "to nvme needs the headers of libaio to build DeepSpeed's async_io"
+            problems.append(Problem("offload", rule, "apt-get install libaio-dev (or libaio-devel), or offload to cpu"))
     return problems
 
 
@@ -168,12 +171,6 @@ def find_ninja() -> None:
     beside = str(Path(sys.executable).parent)
     if beside not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = beside + os.pathsep + os.environ.get("PATH", "")
-
-
-def _has_libaio() -> bool:
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    return bool(AsyncIOBuilder().is_compatible(verbose=False))
 
 
 def build(model_factory: Callable[[], torch.nn.Module], ds_config: Json) -> tuple[Any, Scheduler]:
@@ -238,9 +235,9 @@ def weights_are_finite(engine: Any) -> bool:
         parameters = parameters[dist.get_rank() :: dist.get_world_size()]
     # Under ZeRO-3 each rank looks at its own part; one that lies on NVMe leaves an empty tensor here. A sum is finite
     # where all its terms are (short of 1e38), at a twentieth of what it takes to look at each.
-    parts = [getattr(parameter, "ds_tensor", parameter).detach() for parameter in parameters]
     bad = torch.zeros((), device=engine.device)
-    for part in parts:
+    for parameter in parameters:
+        part = getattr(parameter, "ds_tensor", parameter).detach()
         bad += ~part.sum(dtype=torch.float32).isfinite().to(engine.device)
     dist.all_reduce(bad, dist.ReduceOp.MAX)
     return not bool(bad)
@@ -372,10 +369,9 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.distributed")
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     level = logging.getLevelName(os.environ.get("DSLLAMA_DEEPSPEED_LOG", "ERROR").upper())
-    with contextlib.suppress(ImportError):
-        from deepspeed.utils import logger
+    from deepspeed.utils import logger
 
-        logger.setLevel(level)
+    logger.setLevel(level)
 
 
 def _import_muon_uncompiled() -> None:

@@ -29,13 +29,13 @@ from dsllama.data.tokenizer import Tokenizer
 from dsllama.errors import EXIT_USER_ERROR, Problem, UserError, of_system, remedy_for
 from dsllama.locks import Hold, hold
 from dsllama.machine import versions
-from dsllama.sizes import readable, readable_duration
+from dsllama.sizes import readable
 from dsllama.training.reporting import log_problem
 from dsllama.training.stopping import EXIT_STOPPED
 
 if TYPE_CHECKING:  # importing it for real takes seconds, which a mistake should not cost
     from dsllama.training.engine import World
-    from dsllama.training.trainer import Job, Outcome
+    from dsllama.training.trainer import Job
 
 logger = logging.getLogger("dsllama")
 EXIT_FAILED = 1
@@ -52,44 +52,30 @@ def main(argv: Sequence[str]) -> int:
     # Other packages' own words only from warnings upward: distutils, for one, prints its compiler commands.
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     logging.getLogger("dsllama").setLevel(logging.INFO if rank == 0 else logging.ERROR)
-    holds = Holds()
+    holds: dict[str, Hold] = {}
     try:
         job = prepare(_parse(argv), rank, world_size, holds)
-        return _train(job, rank, world_size, holds)
+        return _train(job, rank, world_size, holds.get("ckpt_dir"))
     except UserError as error:
         # The same on every rank, or, where data turn out bad on the way, of the one that reads them.
         return complain(str(error), rank, EXIT_USER_ERROR)
     finally:
-        holds.release()
+        for each in reversed(holds.values()):
+            each.release()
 
 
-class Holds:
-    """What a run holds for itself alone, on the first rank: its log, and its checkpoints' folder."""
-
-    def __init__(self) -> None:
-        self.log: Hold | None = None
-        self.ckpt_dir: Hold | None = None
-
-    def take(self, config: TrainingConfig) -> list[Problem]:
-        """Take both; why that cannot be."""
-        problems: list[Problem] = []
-        log_file = Path(config.log_file)
-        with _collecting(problems):
-            other = "give this run another --log_file"
-            self.log = hold(log_file.with_name(f".{log_file.name}.lock"), "log_file", config.log_file, other)
-        with _collecting(problems):
-            other = "wait for that run, or give this one another --ckpt_dir"
-            self.ckpt_dir = hold(Path(config.ckpt_dir) / LOCK, "ckpt_dir", config.ckpt_dir, other)
-        return problems
-
-    def release(self) -> None:
-        """Let the next run have them."""
-        for each in (self.ckpt_dir, self.log):
-            if each is not None:
-                each.release()
+def _take(config: TrainingConfig, holds: dict[str, Hold], problems: list[Problem]) -> None:
+    """Hold what a run has for itself alone, on the first rank: its log, and its checkpoints' folder."""
+    log_file = Path(config.log_file)
+    with _collecting(problems):
+        other, lock = "give this run another --log_file", log_file.with_name(f".{log_file.name}.lock")
+        holds["log_file"] = hold(lock, "log_file", config.log_file, other)
+    with _collecting(problems):
+        other = "wait for that run, or give this one another --ckpt_dir"
+        holds["ckpt_dir"] = hold(Path(config.ckpt_dir) / LOCK, "ckpt_dir", config.ckpt_dir, other)
 
 
-def _train(job: Job, rank: int, world_size: int, holds: Holds) -> int:
+def _train(job: Job, rank: int, world_size: int, ckpt_dir: Hold | None) -> int:
     # Only now: torch's distributed and DeepSpeed's engine take seconds to import.
     from dsllama import selftest
     from dsllama.training import engine
@@ -119,15 +105,13 @@ def _train(job: Job, rank: int, world_size: int, holds: Holds) -> int:
         return complain("", rank, EXIT_FAILED)
     job = dataclasses.replace(job, self_test=verdict)
     try:
-        trainer = Trainer(job, world, stop, holds.ckpt_dir)
+        trainer = Trainer(job, world, stop, ckpt_dir)
         world.ask_main(lambda: _make_notes(job))
-        outcome = trainer.run()
+        stopped_by = trainer.run()
     except TrainingFailed as error:
         # Every rank has come to the same, so one says it.
         return complain(f"training stopped: {error}" if world.is_main else "", rank, EXIT_FAILED)
-    if world.is_main:
-        _summarize(job, outcome)
-    return EXIT_STOPPED if outcome.stopped_by else 0
+    return EXIT_STOPPED if stopped_by else 0
 
 
 def _as_the_first_rank(job: Job, world: World) -> Job:
@@ -185,10 +169,10 @@ def exit_process(code: int) -> NoReturn:
     os._exit(code)
 
 
-def prepare(config: TrainingConfig, rank: int, world_size: int, holds: Holds | None = None) -> Job:
+def prepare(config: TrainingConfig, rank: int, world_size: int, holds: dict[str, Hold]) -> Job:
     """Check everything that a run needs and open it. Raises one UserError with all that is wrong.
 
-    holds: where the first rank keeps what it takes for the run alone; None takes nothing.
+    holds: where the first rank keeps what it takes for the run alone, by the names of fields.
     """
     from dsllama.checkpoint.catalog import open_checkpoint
     from dsllama.deepspeed_config import deepspeed_config
@@ -213,8 +197,8 @@ def prepare(config: TrainingConfig, rank: int, world_size: int, holds: Holds | N
         folders |= {"tensorboard_dir": Path(config.tensorboard_dir)} if config.tensorboard_dir else {}
         unwritable = _unwritable(folders)
         problems += unwritable
-        if holds is not None and rank == 0 and not unwritable:
-            problems += holds.take(config)
+        if rank == 0 and not unwritable:
+            _take(config, holds, problems)
     with _collecting(problems):
         resume_from = checkpoints.choose(config)
     with _collecting(problems):
@@ -285,11 +269,9 @@ def _encoded_otherwise(config: TrainingConfig, fingerprint: str) -> list[Problem
     manifest = Manifest.load(Path(config.dataset_dir))
     if manifest is None or manifest.tokenizer == fingerprint:
         return []
-    rule, remedy = (
-        f"is not the tokenizer that encoded {config.dataset_dir}",
-        "use that one, or run `dsllama encode` again",
-    )
-    return [Problem("tokenizer_path", rule, f"{remedy} with this one", config.tokenizer_path)]
+    rule = f"is not the tokenizer that encoded {config.dataset_dir}"
+    remedy = "use that one, or run `dsllama encode` again with this one"
+    return [Problem("tokenizer_path", rule, remedy, config.tokenizer_path)]
 
 
 def vocabulary_so_far(config: TrainingConfig) -> tuple[int, bool]:
@@ -357,21 +339,6 @@ def _announce(job: Job) -> None:
         print(
             f"weights      {source.path}: update {source.update}, {readable(source.tokens)} tokens; {anew}", flush=True
         )
-
-
-def _summarize(job: Job, outcome: Outcome) -> None:
-    config = job.config
-    head = f"stopped by {outcome.stopped_by} after" if outcome.stopped_by else "finished:"
-    print(
-        f"{head} update {outcome.update} of {job.derived.updates}, {readable(outcome.tokens)} tokens, "
-        f"loss {outcome.last_loss:.4f}, {readable(outcome.tokens_per_second)} tok/s, "
-        f"{readable_duration(outcome.seconds)}" + (f"; {outcome.skipped} updates skipped" if outcome.skipped else "")
-    )
-    if outcome.checkpoint is not None:
-        print(f"checkpoint   {outcome.checkpoint.path}\nlog          {config.log_file}")
-    if outcome.stopped_by:
-        print("go on with   the same command and --load_ckpt true")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -61,16 +61,15 @@ class Saver:
     """The saves of a run, one at a time. Every method but `progress` is collective.
 
     folder: exists; where it has vanished it is not made anew, perhaps on another disk. form: "portable", or "deepspeed"
-    for what the engine itself writes. background: false writes within `begin`.
+    for what the engine itself writes.
     """
 
-    def __init__(self, folder: Path, world: World, engine: Any, form: str = "portable", background: bool = True):
+    def __init__(self, folder: Path, world: World, engine: Any, form: str = "portable") -> None:
         self.folder, self.world, self.engine, self.form = folder, world, engine, form
-        self.foreground = "" if background else "asked for"  # why it is not the thread that writes
+        # Why it is not the thread that writes.
+        self.foreground = "DeepSpeed's own files are written by the engine" if form != "portable" else ""
         self._memory: torch.Tensor | None = None
-        if form != "portable":
-            self.foreground = "DeepSpeed's own files are written by the engine"
-        elif background:
+        if form == "portable":
             self._set_memory_up()
         self._running: _Save | None = None
 

@@ -40,7 +40,7 @@ from dsllama.derived import Derived
 from dsllama.locks import Hold
 from dsllama.machine import peak_memory_gib, peak_tflops, versions
 from dsllama.model import IGNORE_INDEX, LLaMaTransformer
-from dsllama.sizes import readable_duration
+from dsllama.sizes import readable, readable_duration
 from dsllama.training import checkpoint as checkpoints
 from dsllama.training import engine as deepspeed_engine
 from dsllama.training.engine import World
@@ -73,20 +73,6 @@ class Job:
     @property
     def parallel_layout(self) -> dict[str, Any]:
         return parallel_layout(self.config, self.ds_config, self.derived.world_size)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended. checkpoint: the last one that is published; skipped: of this process's updates."""
-
-    update: int
-    tokens: int
-    last_loss: float
-    tokens_per_second: float
-    seconds: float
-    checkpoint: Checkpoint | None
-    stopped_by: str = ""
-    skipped: int = 0
 
 
 def parallel_layout(config: TrainingConfig, ds_config: dict[str, Any], ranks: int) -> dict[str, Any]:
@@ -128,7 +114,7 @@ class Trainer:
         # The draws of dropout differ between ranks, the weights did not.
         checkpoints.seed_everything(self.config.seed + 1 + world.rank)
         self.update = 0
-        self.resumed_from = self.last_checkpoint = job.resume_from
+        self.last_checkpoint = job.resume_from
         self.streak = Streak()
         if job.resume_from is not None:
             self._resume(job.resume_from)
@@ -141,9 +127,9 @@ class Trainer:
             print(f"saves        while training stands still: {self.saver.foreground}", flush=True)
         self.retention: Retention | None = None
         self.housekeeping: threading.Thread | None = None
-        if world.is_main and self.config.keep_last is not None:
-            c = self.config
-            policy = Policy(self.config.keep_last, c.keep_every, c.keep_best, c.keep_weights)
+        c = self.config
+        if world.is_main and c.keep_last is not None:
+            policy = Policy(c.keep_last, c.keep_every, c.keep_best, c.keep_weights)
             self.retention = Retention(policy, Path(c.ckpt_dir), logger.warning, self.update)
         self.skips = self.skips_before = deepspeed_engine.skips(self.engine)
         peak = self.config.peak_tflops or peak_tflops(world.device)
@@ -154,8 +140,8 @@ class Trainer:
 
     # ------------------------------------------------------------ the loop
 
-    def run(self) -> Outcome:
-        """Train until training_tokens are reached or somebody asks to stop."""
+    def run(self) -> str:
+        """Train until training_tokens are reached or somebody asks to stop; returns who did, "" for nobody."""
         config, updates = self.config, self.derived.updates
         loss, stopped_by, save_is_due = math.nan, "", False
         with self._reporting():
@@ -176,7 +162,7 @@ class Trainer:
                 saves = last or (save_is_due and not self.streak.skipped)
                 evaluates = self._every(config.eval_interval) or (saves and config.keep_best and not stopped_by)
                 validation = self._evaluate() if evaluates and self.job.validation else None
-                if self.update == updates and not self._applied():
+                if self.update == updates and self._skipped == self.update - self.first_update + 1:
                     self._give_up(f"{self._place(self.first_update)}: each was skipped, so nothing has been trained")
                 try:
                     if saves:
@@ -187,16 +173,10 @@ class Trainer:
                         self._log(loss, grad_norm, validation)
                 if config.sample_prompts and is_sample_update(self.update, config):
                     self._sample()
-        return Outcome(
-            update=self.update,
-            tokens=self.tokens,
-            last_loss=loss,
-            tokens_per_second=self._tokens_here / max(self.clock.training_seconds, 1e-9),
-            seconds=self.clock.seconds,
-            checkpoint=self.last_checkpoint,
-            stopped_by=stopped_by if self.update < updates else "",
-            skipped=self.skips.count - self.skips_before.count,
-        )
+        stopped_by = stopped_by if self.update < updates else ""
+        if self.world.is_main:
+            self._summarize(loss, stopped_by)
+        return stopped_by
 
     def train_one_update(self) -> tuple[float, float | None, bool]:
         """One optimizer update: (mean loss over all ranks and micro-steps, gradient norm, does anyone want to stop)."""
@@ -232,14 +212,15 @@ class Trainer:
         """Those of this process and its ranks."""
         return (self.update - self.first_update + 1) * self.config.tokens_per_update
 
+    @property
+    def _skipped(self) -> int:
+        """Updates of this process that have not changed the weights."""
+        return self.skips.count - self.skips_before.count
+
     # ------------------------------------------------------------ when
 
     def _every(self, interval: int) -> bool:
         return self.update % interval == 0
-
-    def _applied(self) -> int:
-        """Updates of this process that have changed the weights."""
-        return self.update - self.first_update + 1 - (self.skips.count - self.skips_before.count)
 
     def _crosses(self, tokens: int) -> bool:
         """Whether this update is the first at or beyond a multiple of `tokens`."""
@@ -428,7 +409,7 @@ class Trainer:
             source = with_first_whole(source, self._load, self._next_whole)
         except RuntimeError as error:
             raise TrainingFailed(f"the checkpoint could not be loaded: {error}") from None
-        self.resumed_from = self.last_checkpoint = source
+        self.last_checkpoint = source
         self.update = source.update
         self.streak = Streak(**source.manifest.get("skipping", {}))
         theirs = {**source.manifest["schedule"], "current_step": 1}
@@ -514,12 +495,24 @@ class Trainer:
 
     # ------------------------------------------------------------ round the loop
 
+    def _summarize(self, loss: float, stopped_by: str) -> None:
+        rate = readable(self._tokens_here / max(self.clock.training_seconds, 1e-9))
+        print(
+            f"stopped by {stopped_by} after" if stopped_by else "finished:",
+            f"update {self.update} of {self.derived.updates}, {readable(self.tokens)} tokens, loss {loss:.4f},",
+            f"{rate} tok/s, {readable_duration(self.clock.seconds)}"
+            + (f"; {self._skipped} updates skipped" if self._skipped else ""),
+        )
+        if self.last_checkpoint is not None:
+            print(f"checkpoint   {self.last_checkpoint.path}\nlog          {self.config.log_file}")
+        if stopped_by:
+            print("go on with   the same command and --load_ckpt true")
+
     @contextlib.contextmanager
     def _reporting(self) -> Iterator[None]:
         if self.world.is_main:
             log_file = Path(self.config.log_file)
-            resumed = self.resumed_from
-            self.report = Report(log_file, tensorboard_dir(self.config), self.update, resumed.tokens if resumed else 0)
+            self.report = Report(log_file, tensorboard_dir(self.config), self.update, self.tokens)
         try:
             yield
         finally:
