@@ -6,15 +6,14 @@ A word that cannot be said is lost, and the work goes on; the log and the checkp
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 
-class _Sturdy(io.TextIOBase):
-    """A text stream whose writing and flushing fail silently."""
+class _Sturdy:
+    """A text stream whose writing and flushing fail silently; all else is the stream's own."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -24,6 +23,9 @@ class _Sturdy(io.TextIOBase):
         with self._noting():
             self._stream.write(text)
         return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        self.write("".join(lines))
 
     def flush(self) -> None:
         with self._noting():
@@ -38,26 +40,11 @@ class _Sturdy(io.TextIOBase):
         except (OSError, ValueError) as error:  # a full disk, a closed file
             self.lost = getattr(error, "strerror", None) or str(error)
 
-    def fileno(self) -> int:
-        return self._stream.fileno()
-
     def isatty(self) -> bool:
         return not self._stream.closed and self._stream.isatty()
 
-    def writable(self) -> bool:
-        return True
-
-    @property
-    def buffer(self) -> Any:
-        return self._stream.buffer
-
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        return self._stream.encoding
-
-    @property
-    def errors(self) -> str | None:  # type: ignore[override]
-        return self._stream.errors
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def lost() -> str:

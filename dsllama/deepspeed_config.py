@@ -47,8 +47,8 @@ def zero_settings(config: TrainingConfig, overlay: Json) -> ZeroSettings:
     """The stage and offload of a run. An overlay speaks only where the configuration is silent (null)."""
     zero = overlay.get("zero_optimization")
     zero = zero if isinstance(zero, dict) else {}
-    parts = {name: zero.get(name) for name in ("offload_optimizer", "offload_param")}
-    states, params = (part if isinstance(part, dict) else {} for part in parts.values())
+    parts = (zero.get("offload_optimizer"), zero.get("offload_param"))
+    states, params = (part if isinstance(part, dict) else {} for part in parts)
 
     def first(*values: Any) -> Any:
         return next((value for value in values if value not in (None, "auto")), None)
@@ -96,13 +96,11 @@ def deepspeed_config(config: TrainingConfig, derived: Derived, accelerator: str 
     problems = list(unsound(overlay, config.deepspeed_overlay or ""))
     zero = zero_settings(config, overlay)
     problems += _impossible(zero)
-    problems += list(_alterations(overlay, config))
     bound = binding(config, derived, zero)
     asked = merge(bound, {"zero_optimization": {"stage": zero.asked_stage}})
-    problems += list(_contradictions(asked, overlay, config))
     bound = merge(bound, _FIXED)
     recommended = _recommended(derived, zero, accelerator)
-    problems += list(_stray_autos(merge(recommended, bound), overlay, config))
+    problems += list(_contradictions(asked, merge(recommended, bound), overlay, config))
     if problems:
         raise UserError(problems, "the DeepSpeed configuration is wrong")
     complete = merge(merge(recommended, said(overlay)), bound)
@@ -194,48 +192,39 @@ def _recommended(derived: Derived, zero: ZeroSettings, accelerator: str) -> Json
 def _impossible(zero: ZeroSettings) -> list[Problem]:
     """Combinations that only show once configuration and overlay are put together."""
     problems = []
-    asked, device = zero.asked_stage, zero.offload_optimizer
+    asked, device, params = zero.asked_stage, zero.offload_optimizer, zero.offload_params
+    needed, remedy = f"needs zero_stage 3, not {asked}", "use --zero_stage 3"
     if type(asked) is not int or asked not in (0, 1, 2, 3):
         problems.append(Problem("zero_optimization.stage", "must be 0, 1, 2 or 3", "1 suits most runs", asked))
-    elif zero.offload_params != "none" and asked != 3:
-        problems.append(
-            Problem("offload_params", f"needs zero_stage 3, not {asked}", "use --zero_stage 3", zero.offload_params)
-        )
-    elif zero.offload_optimizer != "none" and asked == 0:
+    elif params != "none" and asked != 3:
+        problems.append(Problem("offload_params", needed, remedy, params))
+    elif device != "none" and asked == 0:
         problems.append(Problem("offload_optimizer", "needs zero_stage 1 or more", "use --zero_stage 1", device))
-    elif zero.offload_optimizer == "nvme" and asked != 3:
-        problems.append(
-            Problem("offload_optimizer", f"to nvme needs zero_stage 3, not {asked}", "use --zero_stage 3", device)
-        )
-    if "nvme" in (zero.offload_optimizer, zero.offload_params) and not zero.nvme_path:
+    elif device == "nvme" and asked != 3:
+        problems.append(Problem("offload_optimizer", f"to nvme {needed}", remedy, device))
+    if "nvme" in (device, params) and not zero.nvme_path:
         problems.append(Problem("nvme_path", "must name a folder on the NVMe disk", "use --nvme_path /local/nvme"))
     return problems
 
 
-def _alterations(overlay: Json, config: TrainingConfig) -> Iterator[Problem]:
-    fixed = dict(leaves(_FIXED))
+def _contradictions(asked: Json, complete: Json, overlay: Json, config: TrainingConfig) -> Iterator[Problem]:
+    """What an overlay says that is fixed otherwise, or `asked` for otherwise by the configuration, or "auto" where
+    nothing in `complete` gives a value."""
+    fixed, derived, known = dict(leaves(_FIXED)), dict(leaves(asked)), dict(leaves(complete))
     for path, value in leaves(overlay):
-        if path in fixed and value not in (None, "auto") and value != fixed[path]:
-            yield Problem(
-                f"{config.deepspeed_overlay}: {'.'.join(path)}",
-                f"must be {json.dumps(fixed[path])}: {_FIXED_BECAUSE[path[-1]]}",
-                "leave it out of the overlay",
-                value,
-            )
-
-
-def _contradictions(binding: Json, overlay: Json, config: TrainingConfig) -> Iterator[Problem]:
-    derived = dict(leaves(binding))
-    for path, value in leaves(overlay):
-        if path in derived and value not in (None, "auto") and value != derived[path]:
-            yield Problem(
-                f"{config.deepspeed_overlay}: {'.'.join(path)}",
-                f"contradicts the configuration, which gives {json.dumps(derived[path])} ({_origin(path)})",
-                "leave it out of the overlay"
-                if path[-1] in ("type", "torch_adam", "fused")
-                else 'leave it out of the overlay or write "auto", and set it in the configuration',
-                value,
-            )
+        where, remedy = f"{config.deepspeed_overlay}: {'.'.join(path)}", "leave it out of the overlay"
+        if value == "auto" and not any(other[: len(path)] == path for other in known):
+            yield Problem(where, "nothing derives this value", "write the value, or leave the key out", value)
+        elif value in (None, "auto"):
+            continue
+        elif path in fixed and value != fixed[path]:
+            rule = f"must be {json.dumps(fixed[path])}: {_FIXED_BECAUSE[path[-1]]}"
+            yield Problem(where, rule, remedy, value)
+        elif path in derived and value != derived[path]:
+            rule = f"contradicts the configuration, which gives {json.dumps(derived[path])} ({_origin(path)})"
+            if path[-1] not in ("type", "torch_adam", "fused"):
+                remedy += ' or write "auto", and set it in the configuration'
+            yield Problem(where, rule, remedy, value)
     # An offload that the configuration rules out is not a leaf of the binding, so it is compared by itself.
     for name, ours in (("offload_optimizer", config.offload_optimizer), ("offload_param", config.offload_params)):
         section = overlay.get("zero_optimization")
@@ -246,18 +235,6 @@ def _contradictions(binding: Json, overlay: Json, config: TrainingConfig) -> Ite
                 f'contradicts the configuration, which gives "none" ({_origin(("zero_optimization", name))})',
                 "remove one of the two",
                 theirs["device"],
-            )
-
-
-def _stray_autos(complete: Json, overlay: Json, config: TrainingConfig) -> Iterator[Problem]:
-    known = dict(leaves(complete))
-    for path, value in leaves(overlay):
-        if value == "auto" and not any(other[: len(path)] == path for other in known):
-            yield Problem(
-                f"{config.deepspeed_overlay}: {'.'.join(path)}",
-                "nothing derives this value",
-                "write the value, or leave the key out",
-                value,
             )
 
 
@@ -295,11 +272,9 @@ def _pass_deepspeeds_own_check(complete: Json, config: TrainingConfig, world_siz
     try:
         Check(copy.deepcopy(complete))
     except Exception as error:  # DeepSpeed raises whatever comes: assertions, pydantic's errors, its own.
-        reason = " ".join(str(error).split())[:400]
+        rule = f"DeepSpeed refuses it: {' '.join(str(error).split())[:400]}"
         where = config.deepspeed_overlay or "the derived DeepSpeed configuration"
-        raise UserError(
-            Problem(where, f"DeepSpeed refuses it: {reason}", "see the DeepSpeed configuration reference"),
-            "the DeepSpeed configuration is wrong",
-        ) from None
+        problem = Problem(where, rule, "see the DeepSpeed configuration reference")
+        raise UserError(problem, "the DeepSpeed configuration is wrong") from None
     finally:
         logger.setLevel(level)

@@ -46,9 +46,9 @@ class UserError(Exception):
         # Two checks may come upon the same mistake.
         self.problems = [problems] if isinstance(problems, Problem) else list({str(p): p for p in problems}.values())
         self.title = title
-        super().__init__(self.render())
+        super().__init__(self.problems, title)  # from which one rank can tell it to the others
 
-    def render(self) -> str:
+    def __str__(self) -> str:
         """The whole message: a title, then the problems, numbered when there are several, 20 at most."""
         count = len(self.problems)
         if count == 1:

@@ -67,56 +67,38 @@ def generate_ids(
         generator.seed()
     else:
         generator.manual_seed(seed)
-    was_training = model.training
-    model.eval()
-    try:
-        with _uncompiled(model):
-            return _continue(model, list(ids), max_new_tokens, temperature, top_p, eos_id, generator, agree)
-    finally:
-        model.train(was_training)
-
-
-def _continue(
-    model: Any,
-    ids: list[int],
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    eos_id: int | None,
-    generator: torch.Generator,
-    agree: Callable[[int], int] | None,
-) -> list[int]:
-    window = model.config.max_seq_len
-    device = next(model.parameters()).device
+    window, device, was_training = model.config.max_seq_len, next(model.parameters()).device, model.training
     new: list[int] = []
     unread = ids[-window:]
     cache = KeyValueCache(len(model.layers), min(window, len(unread) + max_new_tokens))
-    for _ in range(max_new_tokens):
-        if cache.length + len(unread) > window:
-            # Half, and not all but one: reading the window anew for each token would cost as much as no cache.
-            unread = (ids + new)[-max(1, window // 2) :]
-            cache = KeyValueCache(len(model.layers), window)
-        logits = model(torch.tensor([unread], device=device), cache=cache)[0, -1, : model.known_tokens]
-        token = _choose(logits.double().cpu(), temperature, top_p, generator)
-        token = token if agree is None else agree(token)
-        if token == eos_id:
-            break
-        new.append(token)
-        unread = [token]
+    model.eval()
+    try:
+        with uncompiled(getattr(model, "_compiled_call_impl", None) is not None):
+            for _ in range(max_new_tokens):
+                if cache.length + len(unread) > window:
+                    # Half, and not all but one: reading the window anew for each token would cost as much as no cache.
+                    unread = (ids + new)[-max(1, window // 2) :]
+                    cache = KeyValueCache(len(model.layers), window)
+                logits = model(torch.tensor([unread], device=device), cache=cache)[0, -1, : model.known_tokens]
+                logits = logits.double().cpu()
+                if temperature == 0:
+                    token = int(logits.argmax())
+                else:
+                    nucleus = token_probabilities(logits, temperature, top_p)
+                    token = int(torch.multinomial(nucleus, 1, generator=generator))
+                token = token if agree is None else agree(token)
+                if token == eos_id:
+                    break
+                new.append(token)
+                unread = [token]
+    finally:
+        model.train(was_training)
     return new
 
 
-def _uncompiled(model: Any) -> contextlib.AbstractContextManager[Any]:
-    """Run a model that was compiled in place as it was before: every length of the cache would be compiled anew."""
-    compiled = getattr(model, "_compiled_call_impl", None) is not None
+def uncompiled(compiled: bool) -> contextlib.AbstractContextManager[Any]:
+    """Run what was compiled in place as it was before: each shape of its own would be compiled anew."""
     return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
-
-
-def _choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """One id from logits (V,): the largest at temperature 0, else drawn from the nucleus."""
-    if temperature == 0:
-        return int(logits.argmax())
-    return int(torch.multinomial(token_probabilities(logits, temperature, top_p), 1, generator=generator))
 
 
 def token_probabilities(logits: Tensor, temperature: float, top_p: float) -> Tensor:
@@ -132,16 +114,11 @@ def token_probabilities(logits: Tensor, temperature: float, top_p: float) -> Ten
 
 def sampling_problems(max_new_tokens: int, temperature: float, top_p: float, seed: int | None = None) -> list[Problem]:
     """What is wrong with these values, for a message that tells it all at once."""
+    seed_fits = seed is None or 0 <= seed < 2**64
     rules = [
+        ("seed", seed_fits, "must be from 0 to 2**64 - 1", "leave it out for another each time", seed),
         ("max_new_tokens", max_new_tokens >= 0, "must not be negative", "128 is a paragraph", max_new_tokens),
         ("temperature", 0 <= temperature < math.inf, "must be 0 (greedy) or more", "0.8 is usual", temperature),
         ("top_p", 0 < top_p <= 1, "must be above 0 and at most 1", "0.95 is usual, 1 takes all", top_p),
-        (
-            "seed",
-            seed is None or 0 <= seed < 2**64,
-            "must be from 0 to 2**64 - 1",
-            "leave it out for another each time",
-            seed,
-        ),
     ]
     return [Problem(name, rule, remedy, value) for name, fits, rule, remedy, value in rules if not fits]

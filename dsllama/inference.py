@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from dsllama.checkpoint.catalog import Checkpoint, with_first_whole
+from dsllama.checkpoint.catalog import Checkpoint, older_whole, open_checkpoint, with_first_whole
 from dsllama.config import TrainingConfig
 from dsllama.data.tokenizer import Tokenizer
 from dsllama.export.huggingface import export_huggingface
@@ -37,7 +38,7 @@ def load_model(checkpoint: str | Path, device: str | torch.device | None = None)
                 setattr(model.get_submodule(module), leaf, weight)
         return model.to(target).eval()
 
-    return with_first_whole(checkpoint, load, warn)
+    return with_first_whole(open_checkpoint(checkpoint, warn), load, partial(older_whole, checkpoint, warn))
 
 
 def export_checkpoint(checkpoint: str | Path, out: str | Path, dtype: str = "float32", overwrite: bool = False) -> Path:
@@ -50,7 +51,7 @@ def export_checkpoint(checkpoint: str | Path, out: str | Path, dtype: str = "flo
         with opened_weights(source) as weights:
             return export_huggingface(weights, *_described(source), Path(out), dtype=dtype, overwrite=overwrite)
 
-    return with_first_whole(checkpoint, export, warn)
+    return with_first_whole(open_checkpoint(checkpoint, warn), export, partial(older_whole, checkpoint, warn))
 
 
 def _described(source: Checkpoint) -> tuple[TrainingConfig, Tokenizer]:

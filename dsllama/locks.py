@@ -19,7 +19,6 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -130,20 +129,15 @@ def _still_counts(path: Path, owner: dict[str, Any]) -> bool:
         file=sys.stderr,
         flush=True,
     )
-    for _ in _ticks(_WATCH_SECONDS, 0.5):
+    end = time.monotonic() + _WATCH_SECONDS
+    while time.monotonic() < end:
+        time.sleep(0.5)
         now = _owner(path)
         if now is None:
             return False
         if (now["token"], now["count"]) != (owner["token"], owner["count"]):
             return True
     return False
-
-
-def _ticks(seconds: float, interval: float) -> Iterator[None]:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        time.sleep(interval)
-        yield
 
 
 def _owner(path: Path) -> dict[str, Any] | None:

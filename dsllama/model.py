@@ -43,6 +43,15 @@ def parameter_count(config: Any, vocab_size: int) -> tuple[int, int]:
     return without_embedding + (0 if config.tie_embeddings else vocab_size * width), without_embedding
 
 
+def vocabulary(config: Any, tokenizer_size: int) -> int:
+    """Rows of the embedding: the tokenizer's, or the configuration's larger number. Raises UserError for a smaller."""
+    if config.vocab_size is not None and config.vocab_size < tokenizer_size:
+        rule = f"must be at least the tokenizer's {tokenizer_size}"
+        remedy = f"leave it out, or pad to {-(-tokenizer_size // 64) * 64}"
+        raise UserError(Problem("vocab_size", rule, remedy, config.vocab_size))
+    return config.vocab_size or tokenizer_size
+
+
 class Linear(nn.Linear):
     """A matrix without bias that draws its weights from N(0, std)."""
 
@@ -162,18 +171,9 @@ class LLaMaTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.tokenizer = tokenizer
-        self.vocab_size: int = config.vocab_size or tokenizer.vocab_size
         # A padded vocabulary has rows that stand for no token: generation must not choose them.
-        self.known_tokens: int = self.vocab_size if tokenizer is None else tokenizer.vocab_size
-        if self.vocab_size < self.known_tokens:
-            raise UserError(
-                Problem(
-                    "vocab_size",
-                    f"must be at least the tokenizer's {self.known_tokens}",
-                    f"use {self.known_tokens}, or leave it out",
-                    self.vocab_size,
-                )
-            )
+        self.known_tokens: int = config.vocab_size if tokenizer is None else tokenizer.vocab_size
+        self.vocab_size = vocabulary(config, self.known_tokens)
         with torch.device(device):
             self.embed_tokens = Embedding(self.vocab_size, config.n_embd)
             self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))

@@ -31,17 +31,18 @@ def check_world_size(config: TrainingConfig, world_size: int) -> list[Problem]:
     if config.tokens_per_update % micro_step == 0:
         return []
     sequences, remainder = divmod(config.tokens_per_update, config.max_seq_len)
-    values = " or ".join(map(str, nearest_multiples(config.tokens_per_update, micro_step)))
-    remedy = f"use tokens_per_update {values}"
+    remedy = f"use tokens_per_update {_or(nearest_multiples(config.tokens_per_update, micro_step))}"
     if remainder == 0 and sequences % world_size == 0:
-        batches = nearest_divisors(config.batch_size, sequences // world_size)
-        remedy += f", or batch_size {' or '.join(map(str, batches))}"
+        remedy += f", or batch_size {_or(nearest_divisors(config.batch_size, sequences // world_size))}"
     elif remainder == 0 and sequences % config.batch_size == 0:
-        worlds = nearest_divisors(world_size, sequences // config.batch_size)
-        remedy += f", or {' or '.join(map(str, worlds))} ranks"
+        remedy += f", or {_or(nearest_divisors(world_size, sequences // config.batch_size))} ranks"
     product = f"{config.batch_size} x {config.max_seq_len} x {world_size} = {micro_step}"
     rule = f"must be a multiple of batch_size x max_seq_len x ranks = {product}"
     return [Problem("tokens_per_update", rule, remedy, config.tokens_per_update)]
+
+
+def _or(numbers: list[int]) -> str:
+    return " or ".join(map(str, numbers))
 
 
 def _rule(*fields: str) -> Callable[[Rule], Rule]:
@@ -59,31 +60,20 @@ def _update_is_whole_micro_steps(c: TrainingConfig) -> Iterator[Problem]:
 
 @_rule("n_embd", "n_heads")
 def _heads_divide_width(c: TrainingConfig) -> Iterator[Problem]:
+    remedy = f"use n_embd {_or(nearest_multiples(c.n_embd, 2 * c.n_heads))}"
     if c.n_embd % c.n_heads:
-        widths = " or ".join(map(str, nearest_multiples(c.n_embd, 2 * c.n_heads)))
-        heads = " or ".join(map(str, nearest_divisors(c.n_heads, c.n_embd)))
-        yield Problem(
-            "n_embd",
-            f"must be a multiple of n_heads = {c.n_heads}",
-            f"use n_embd {widths}, or n_heads {heads}",
-            c.n_embd,
-        )
+        remedy += f", or n_heads {_or(nearest_divisors(c.n_heads, c.n_embd))}"
+        yield Problem("n_embd", f"must be a multiple of n_heads = {c.n_heads}", remedy, c.n_embd)
     elif c.n_embd // c.n_heads % 2:
-        widths = " or ".join(map(str, nearest_multiples(c.n_embd, 2 * c.n_heads)))
-        yield Problem(
-            "n_embd",
-            f"gives heads of odd size n_embd / n_heads = {c.n_embd // c.n_heads}; rotary "
-            "embedding turns pairs of channels",
-            f"use n_embd {widths}",
-            c.n_embd,
-        )
+        size = f"gives heads of odd size n_embd / n_heads = {c.n_embd // c.n_heads}"
+        yield Problem("n_embd", f"{size}; rotary embedding turns pairs of channels", remedy, c.n_embd)
 
 
 @_rule("n_heads", "n_kv_heads")
 def _kv_heads_divide_heads(c: TrainingConfig) -> Iterator[Problem]:
     if c.n_kv_heads is not None and c.n_heads % c.n_kv_heads:
-        nearest = " or ".join(map(str, nearest_divisors(c.n_kv_heads, c.n_heads)))
-        yield Problem("n_kv_heads", f"must divide n_heads = {c.n_heads}", f"use {nearest}", c.n_kv_heads)
+        remedy = f"use {_or(nearest_divisors(c.n_kv_heads, c.n_heads))}"
+        yield Problem("n_kv_heads", f"must divide n_heads = {c.n_heads}", remedy, c.n_kv_heads)
 
 
 @_rule("max_lr", "min_lr", "schedule")

@@ -14,7 +14,6 @@ the sizes of the files; their contents are checked while they are read, and all 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import time
@@ -24,17 +23,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dsllama import files
 from dsllama.checkpoint.fragments import DamagedFile, problems_of
 from dsllama.config import TrainingConfig, load_config
 from dsllama.errors import Problem, UserError
-from dsllama.files import sha256
 
 MANIFEST = "manifest.json"
-FORMAT = "dsllama-checkpoint-4"
-# Whose files are DeepSpeed's; the first one's manifests have other words, and no digest.
-_FIRST_FORMAT, _SECOND_FORMAT = "dsllama-checkpoint-1", "dsllama-checkpoint-2"
-# It had weights and moments in the same file.
-_THIRD_FORMAT = "dsllama-checkpoint-3"
+# The first two hold DeepSpeed's files, the first one's manifests have other words and no digest; the third had weights
+# and moments in the same file.
+_FORMATS = [f"dsllama-checkpoint-{number}" for number in (1, 2, 3, 4)]
+FORMAT = _FORMATS[-1]
 _NAME = re.compile(r"update_(\d{7,})")
 # Small, and read whole: their digests are always looked at.
 _TEXTS = ("config.yaml", "deepspeed.json", "tokenizer.json")
@@ -95,7 +93,7 @@ class Checkpoint:
         if "blocks" in entry:
             return problems_of(self.path / name, entry)
         try:
-            whole = sha256(self.path / name) == entry["sha256"]
+            whole = files.sha256(self.path / name) == entry["sha256"]
         except OSError as error:
             return [f"{name} cannot be read ({error.strerror})"]
         return [] if whole else [f"{name} does not have the checksum that it was saved with"]
@@ -172,7 +170,7 @@ def open_checkpoint(path: str | Path, warn: Callable[[str], Any] | None = None, 
     Raises UserError with what is wrong.
     """
     path = Path(path).resolve()
-    if holds_checkpoints(path):
+    if list_checkpoints(path):
         newest = newest_whole(path, warn, resumable=resumable)
         if newest is not None:
             return newest
@@ -189,11 +187,6 @@ def open_checkpoint(path: str | Path, warn: Callable[[str], Any] | None = None, 
         remedy = f"--init_from {path} begins anew with its weights; {remedy}"
     problem = Problem(str(path), f"is not a whole checkpoint: {reason}", remedy)
     raise UserError(problem, "cannot load the checkpoint")
-
-
-def holds_checkpoints(path: Path) -> bool:
-    """Whether a folder is one of checkpoints, and none itself."""
-    return bool(list_checkpoints(path))
 
 
 def none_is_whole(where: str, folder: Path, resumable: bool) -> Problem:
@@ -243,9 +236,9 @@ def look_at(path: Path) -> Checkpoint | str:
         return f"it has no {MANIFEST}"
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["format"] not in (FORMAT, _THIRD_FORMAT, _SECOND_FORMAT, _FIRST_FORMAT):
+        if manifest["format"] not in _FORMATS:
             return f"its format is {manifest['format']!r}, not {FORMAT!r}"
-        if manifest["format"] == _FIRST_FORMAT:
+        if manifest["format"] == _FORMATS[0]:
             manifest["parallel_layout"] = manifest.pop("topology")
         elif manifest["digest"] != digest(manifest):
             return f"its {MANIFEST} was changed after it was saved"
@@ -279,23 +272,30 @@ def _problem(found: Checkpoint) -> str:
 
 def digest(manifest: dict[str, Any]) -> str:
     """By which a manifest is known to be as it was saved: what it says decides which data a run goes on with."""
-    rest = {name: value for name, value in manifest.items() if name != "digest"}
-    return "sha256:" + hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    return files.digest({name: value for name, value in manifest.items() if name != "digest"})
 
 
-def with_first_whole(path: str | Path, use: Callable[[Checkpoint], T], warn: Callable[[str], Any]) -> T:
-    """`use` of a checkpoint; given a folder of them, of the newest that turns out whole while it is read.
-
-    Raises UserError with what is damaged.
-    """
-    source = open_checkpoint(path, warn)
+def with_first_whole(
+    source: Checkpoint, use: Callable[[Checkpoint], T], instead: Callable[[Checkpoint, str], Checkpoint]
+) -> T:
+    """`use` of a checkpoint; where it turns out damaged while it is read, of the one that is given `instead` of it and
+    of what is damaged, and so on."""
     while True:
         try:
             return use(source)
         except DamagedFile as error:
-            older = newest_whole(path, warn, before=source.update) if holds_checkpoints(Path(path)) else None
-            if older is None:
-                problem = Problem(str(source.path), f"is damaged: {error}", "give the path of another checkpoint")
-                raise UserError(problem, "cannot load the checkpoint") from None
-            warn(f"passing over the damaged checkpoint {source.path}: {error}")
-            source = older
+            source = instead(source, str(error))
+
+
+def older_whole(
+    path: str | Path, warn: Callable[[str], Any], damaged: Checkpoint, reason: str, where: str = ""
+) -> Checkpoint:
+    """The newest whole one before a damaged one, if `path` is the folder of both. Raises UserError, of the field
+    `where`, if there is none."""
+    older = newest_whole(path, warn, before=damaged.update)
+    if older is None:
+        named = (where, str(damaged.path)) if where else (str(damaged.path), None)
+        problem = Problem(named[0], f"is damaged: {reason}", "give the path of another checkpoint", named[1])
+        raise UserError(problem, "cannot load the checkpoint") from None
+    warn(f"passing over the damaged checkpoint {damaged.path}: {reason}; beginning with {older.path}")
+    return older

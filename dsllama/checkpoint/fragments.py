@@ -13,6 +13,7 @@ Any reader of safetensors opens such a file; nothing in it can run code.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -94,8 +95,9 @@ class Writer:
         size = sum(_WIDTHS[dtype] * math.prod(shape) for dtype, shape in tensors.values())
         tensors[TABLE] = ("U8", (-(-size // BLOCK), _DIGEST))
         self._header = header(tensors, {"starts": json.dumps(self._starts)})
+        self._digests = bytearray()
+        self._buffer, self._filled = torch.empty(BLOCK, dtype=torch.uint8), 0
         self._file = path.open("wb", buffering=0)
-        self._blocks = _Blocks(self._file.fileno())
         write_all(self._file.fileno(), self._header)
 
     def __enter__(self) -> Writer:
@@ -106,56 +108,40 @@ class Writer:
 
     def add(self, data: Tensor) -> None:
         """The next fragment's elements, fp32 on any device; or several fragments' as bytes, without a further copy."""
-        self._blocks.add(data)
+        data = data.detach().contiguous().view(-1).view(torch.uint8)
+        while data.numel():
+            if not self._filled and data.numel() >= BLOCK and data.device.type == "cpu":
+                self._write_block(data[:BLOCK])
+                data = data[BLOCK:]
+                continue
+            part = data[: BLOCK - self._filled]
+            self._buffer[self._filled : self._filled + part.numel()].copy_(part)  # from a GPU too
+            self._filled += part.numel()
+            data = data[part.numel() :]
+            if self._filled == BLOCK:
+                self._write_block(self._buffer)
 
     def finish(self) -> dict[str, Any]:
         """Wait until the disk has it; returns the file's entry for the manifest."""
         for tensor in self._own.values():
-            self._blocks.add(tensor)
-        table = self._blocks.end()
+            self.add(tensor)
+        if self._filled:
+            self._write_block(self._buffer[: self._filled])
+        table = bytes(self._digests)
         write_all(self._file.fileno(), table)
         os.fsync(self._file.fileno())
         size = os.fstat(self._file.fileno()).st_size
         digests = {"header": _sha256(self._header), "blocks": _sha256(table)}
         return {"bytes": size, **digests, "fragments": self._starts}
 
-
-class _Blocks:
-    """Collects bytes to blocks, writes each and keeps its digest."""
-
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor, self.digests = descriptor, bytearray()
-        self.buffer, self.filled = torch.empty(BLOCK, dtype=torch.uint8), 0
-        self.written = 0
-
-    def add(self, tensor: Tensor) -> None:
-        data = tensor.detach().contiguous().view(-1).view(torch.uint8)
-        while data.numel():
-            if not self.filled and data.numel() >= BLOCK and data.device.type == "cpu":
-                self._flush(data[:BLOCK])
-                data = data[BLOCK:]
-                continue
-            part = data[: BLOCK - self.filled]
-            self.buffer[self.filled : self.filled + part.numel()].copy_(part)  # from a GPU too
-            self.filled += part.numel()
-            data = data[part.numel() :]
-            if self.filled == BLOCK:
-                self._flush(self.buffer)
-
-    def end(self) -> bytes:
-        if self.filled:
-            self._flush(self.buffer[: self.filled])
-        return bytes(self.digests)
-
-    def _flush(self, block: Tensor) -> None:
+    def _write_block(self, block: Tensor) -> None:
         view = memoryview(block.numpy())
-        self.digests += hashlib.sha256(view).digest()
-        write_all(self.descriptor, view)
-        self.filled = 0
-        self.written += 1
-        if self.written % _BLOCKS_AHEAD == 0 and hasattr(os, "posix_fadvise"):
+        self._digests += hashlib.sha256(view).digest()
+        write_all(self._file.fileno(), view)
+        self._filled = 0
+        if len(self._digests) // _DIGEST % _BLOCKS_AHEAD == 0 and hasattr(os, "posix_fadvise"):
             # The disk begins at once, while the next blocks are hashed; what it has leaves the page cache to others.
-            os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def write_all(descriptor: int, data: bytes | memoryview) -> None:
@@ -252,8 +238,8 @@ class StateFile:
         return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
     def _read_at(self, at: int, length: int) -> bytes:
+        data = b""
         try:
-            data = os.pread(self._file.fileno(), length, at)
             while len(data) < length:
                 more = os.pread(self._file.fileno(), length - len(data), at + len(data))
                 if not more:
@@ -303,10 +289,10 @@ class Source:
         if done != end:
             raise DamagedFile(f"{self.folder.name} lacks elements {done} to {end - 1} of {name} ({kind})")
 
-    def read(self, name: str, kind: str = "weight") -> Tensor:
+    def read(self, name: str) -> Tensor:
         """A whole parameter in fp32, in its shape."""
         out = torch.empty(math.prod(self.shapes[name]), dtype=torch.float32)
-        self.read_into(name, kind, 0, out)
+        self.read_into(name, "weight", 0, out)
         return out.view(self.shapes[name])
 
     def own(self, rank: int) -> Iterator[tuple[str, Tensor]]:
@@ -330,10 +316,7 @@ class Source:
 def problems_of(path: Path, entry: dict[str, Any]) -> list[str]:
     """What is wrong with a file, every block of it read; empty where nothing is."""
     try:
-        file = StateFile(path, entry)
+        with contextlib.closing(StateFile(path, entry)) as file:
+            return list(file.damages())
     except DamagedFile as error:
         return [str(error)]
-    try:
-        return list(file.damages())
-    finally:
-        file.close()

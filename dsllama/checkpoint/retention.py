@@ -18,7 +18,6 @@ from dsllama.checkpoint.catalog import (
     MANIFEST,
     Checkpoint,
     digest,
-    holds_checkpoints,
     list_checkpoints,
     look_at,
     update_of,
@@ -62,7 +61,9 @@ class Policy:
         if not resumable:
             return []
         others = [c for c in ordered if c.update not in kept]
-        return [c for c in others if _has_separate_moments(c)] if self.weights else others
+        if not self.weights:
+            return others
+        return [c for c in others if any(name.startswith(_OPTIMIZER) for name in c.manifest["files"])]
 
 
 class Retention:
@@ -109,7 +110,7 @@ def prune(
     Everything in the newest one is read beforehand, and in all with `damaged`. dry_run: nothing is changed.
     Raises UserError where a run holds the folder, or no whole checkpoint that can be resumed would be left.
     """
-    if not holds_checkpoints(ckpt_dir):
+    if not list_checkpoints(ckpt_dir):
         raise UserError(Problem(str(ckpt_dir), "is no folder of checkpoints", "give a ckpt_dir"))
     remedy = "set keep_last in its configuration, or wait for its end"
     with hold(ckpt_dir / LOCK, str(ckpt_dir), "", remedy) if not dry_run else contextlib.nullcontext():
@@ -158,9 +159,8 @@ def remove(path: Path) -> None:
         path.unlink()
         return
     aside = path.with_name(f"{_REMOVING}{path.name}")
-    if path != aside:
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
     shutil.rmtree(aside)
 
 
@@ -199,7 +199,3 @@ def _remove_dropped(checkpoint: Checkpoint) -> None:
     for file in checkpoint.path.glob(f"{_OPTIMIZER}*"):
         if file.name not in checkpoint.manifest["files"]:
             file.unlink()
-
-
-def _has_separate_moments(checkpoint: Checkpoint) -> bool:
-    return any(name.startswith(_OPTIMIZER) for name in checkpoint.manifest["files"])

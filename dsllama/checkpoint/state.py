@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,9 +33,10 @@ from dsllama.checkpoint.holders import (
     set_adam_step,
     tensors,
 )
+from dsllama.generation import uncompiled
 
 # What a dynamic loss scaler has come to, as against how it was set up.
-_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 # (parameter, kind) -> all of its elements, 1-D.
 State = dict[tuple[str, str], Tensor]
@@ -56,13 +56,19 @@ def save(engine: Any, folder: Path, own: dict[str, Tensor]) -> dict[str, dict[st
 
     own: U8 tensors that belong to this rank alone. Where every rank holds everything, each writes its share of it.
     """
-    pieces = [piece for holder in holders(engine) for piece in _share(engine, holder)]
+    return _write(folder, _pieces(engine), own, ((kind, data) for _, kind, data in _data(engine)))
+
+
+def _write(
+    folder: Path, pieces: list[Piece], own: dict[str, Tensor], parts: Iterable[tuple[str, Tensor]]
+) -> dict[str, dict[str, Any]]:
+    """parts: what the pieces hold, the weights in their order and the moments in theirs, each with its kind."""
     names = weights_file(dist.get_rank()), optimizer_file(dist.get_rank())
     with (
         Writer(folder / names[0], _fragments(pieces, KINDS[:1])) as weights,
         Writer(folder / names[1], _fragments(pieces, MOMENTS), own) as moments,
     ):
-        for kind, data in _data(engine):
+        for kind, data in parts:
             (weights if kind == "weight" else moments).add(data)
         entries = weights.finish(), moments.finish()
     del entries[1]["fragments"]  # they are those of the weights
@@ -73,7 +79,7 @@ def copy_bytes(engine: Any) -> int | None:
     """What `copy` needs on this rank; None where the state lies on NVMe, no quicker to read than a disk to write."""
     if any(on_nvme(engine, holder) for holder in holders(engine)):
         return None
-    return 4 * len(KINDS) * sum(piece.numel for holder in holders(engine) for piece in _share(engine, holder))
+    return 4 * len(KINDS) * sum(piece.numel for piece in _pieces(engine))
 
 
 @dataclass(frozen=True)
@@ -86,53 +92,38 @@ class Copy:
 
     def write(self, folder: Path) -> dict[str, dict[str, Any]]:
         """As `save`; needs no engine and no other rank."""
-        names = weights_file(dist.get_rank()), optimizer_file(dist.get_rank())
         weights = 4 * sum(piece.numel for piece in self.pieces)
-        with Writer(folder / names[0], _fragments(self.pieces, KINDS[:1])) as writer:
-            writer.add(self.memory[:weights])
-            first = writer.finish()
-        with Writer(folder / names[1], _fragments(self.pieces, MOMENTS), self.own) as writer:
-            writer.add(self.memory[weights : len(KINDS) * weights])
-            second = writer.finish()
-        del second["fragments"]  # they are those of the weights
-        return {names[0]: first, names[1]: second}
+        parts = ("weight", self.memory[:weights]), ("moments", self.memory[weights : len(KINDS) * weights])
+        return _write(folder, self.pieces, self.own, parts)
 
 
 @torch.no_grad()
 def copy(engine: Any, memory: Tensor, own: dict[str, Tensor]) -> Copy:
     """Copy this rank's share to memory (U8, `copy_bytes` long, pinned where the engine is on a GPU)."""
-    here = [(holder, list(_share(engine, holder))) for holder in holders(engine)]
     at = 0
     for kinds in (KINDS[:1], MOMENTS):
-        for holder, pieces in here:
-            found = tensors(engine, holder)
-            for piece in pieces:
-                for kind in kinds:
-                    target = memory[at : at + 4 * piece.numel].view(torch.float32)
-                    at += 4 * piece.numel
-                    if kind in found:
-                        target.copy_(_part(found[kind], piece), non_blocking=True)
-                    else:
-                        target.zero_()  # where all updates so far were skipped there are no moments yet
+        for _, _, data in _data(engine, kinds):
+            memory[at : at + 4 * data.numel()].view(torch.float32).copy_(data, non_blocking=True)
+            at += 4 * data.numel()
     if memory.is_pinned():
         torch.cuda.synchronize()
-    return Copy([piece for _, pieces in here for piece in pieces], memory, own)
+    return Copy(_pieces(engine), memory, own)
 
 
 def _fragments(pieces: list[Piece], kinds: Sequence[str]) -> list[Fragment]:
     return [Fragment(piece.name, kind, piece.shape, piece.start, piece.numel) for piece in pieces for kind in kinds]
 
 
-def _data(engine: Any) -> Iterator[tuple[str, Tensor]]:
-    """Each fragment's kind and elements, in order; what lies on NVMe comes into memory group by group."""
+def _data(engine: Any, kinds: Sequence[str] = KINDS) -> Iterator[tuple[Piece, str, Tensor]]:
+    """What this rank is to write, in order; what lies on NVMe comes into memory group by group."""
     for holder in holders(engine):
         with resident(engine, holder) as here:
             found = tensors(engine, here)
             for piece in _share(engine, here):
-                for kind in KINDS:
+                for kind in kinds:
                     # Where all updates so far were skipped there are no moments yet.
                     whole = found.get(kind)
-                    yield kind, torch.zeros(piece.numel) if whole is None else _part(whole, piece)
+                    yield piece, kind, torch.zeros(piece.numel) if whole is None else _part(whole, piece)
 
 
 @torch.no_grad()
@@ -143,11 +134,8 @@ def whole(engine: Any) -> State:
     memory = torch.zeros(sum(sizes), device=engine.device)
     places = zip([(name, kind) for name in shapes for kind in KINDS], memory.split(sizes), strict=True)
     state = dict(places)
-    for holder in holders(engine):
-        with resident(engine, holder) as here:
-            for kind, tensor in tensors(engine, here).items():
-                for piece in _share(engine, here):
-                    state[piece.name, kind][piece.start : piece.start + piece.numel].copy_(_part(tensor, piece))
+    for piece, kind, data in _data(engine):
+        state[piece.name, kind][piece.start : piece.start + piece.numel].copy_(data)
     dist.all_reduce(memory)  # each element is some rank's, and zero on the others
     return state
 
@@ -155,6 +143,11 @@ def whole(engine: Any) -> State:
 def optimizer_step(engine: Any) -> int:
     """How many updates the optimizer has made, as far as this rank knows."""
     return max((adam_step(engine, holder) for holder in holders(engine)), default=0)
+
+
+def _pieces(engine: Any) -> list[Piece]:
+    """All that this rank is to write."""
+    return [piece for holder in holders(engine) for piece in _share(engine, holder)]
 
 
 def _share(engine: Any, holder: Holder) -> Iterator[Piece]:
@@ -183,7 +176,7 @@ def description(engine: Any, pinned: Pinned) -> dict[str, Any]:
         "shared": {name: names[id(p)] for name, p in everything if names[id(p)] != name},
         "optimizer_step": optimizer_step(engine),
         "engine": {name: int(getattr(engine, name)) for name in _COUNTERS},
-        "loss_scaler": {name: getattr(scaler, name) for name in _SCALER_STATE if hasattr(scaler, name)},
+        "loss_scaler": {name: getattr(scaler, name) for name in SCALER_STATE if hasattr(scaler, name)},
         "pinned_loss": pinned_loss(engine, pinned),
     }
 
@@ -219,12 +212,15 @@ def load_weights(engine: Any, read_into: ReadInto) -> None:
     raise_together(_fill(engine, read_into, KINDS[:1], 0))
 
 
-def raise_together(failure: str) -> None:
-    """Raise DamagedFile on every rank if any has come upon a damaged file; "" for none. Collective."""
+def raise_together(failure: str, kind: type[Exception] = DamagedFile) -> None:
+    """Raise an exception on every rank if any rank has met with a failure; "" for none. Collective.
+
+    A rank that raised alone would leave the others waiting in the next collective.
+    """
     failures: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(failures, failure)
     if any(failures):
-        raise DamagedFile("; ".join(sorted(set(filter(None, failures)))))
+        raise kind("; ".join(dict.fromkeys(filter(None, failures))))
 
 
 @torch.no_grad()
@@ -253,7 +249,7 @@ def pinned_loss(engine: Any, pinned: Pinned) -> float:
     """The first rank's loss of a sequence that is the same at every save and load of a run. Collective."""
     tokens, targets = (tensor[:, :_PINNED].to(engine.device) for tensor in pinned)
     engine.eval()
-    with _eager(engine):
+    with uncompiled(engine.is_compiled):
         loss = engine(tokens, targets).detach().double().reshape(1)
     engine.train()
     dist.broadcast(loss, 0)
@@ -270,8 +266,3 @@ def proof(engine: Any, manifest: dict[str, Any], pinned: Pinned, precision: str)
         f"the loss of the pinned sequence is {now:.6f} after loading, and was {saved:.6f} when it was saved "
         f"(tolerance {tolerance:g} of it)"
     )
-
-
-def _eager(engine: Any) -> contextlib.AbstractContextManager[Any]:
-    """Without compilation: a shape of its own would be compiled anew."""
-    return torch.compiler.set_stance("force_eager") if engine.is_compiled else contextlib.nullcontext()

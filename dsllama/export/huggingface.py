@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -76,34 +75,29 @@ def export_huggingface(
     problems += _check_target(out, overwrite)
     if problems:
         raise UserError(problems, "cannot export")
-    aside = None
     try:
         place = out if out.exists() else out.parent
         place.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=".dsllama-", dir=place)) / out.name
-        aside.mkdir()
         # What the weights will look like, without reading any.
         planned = LLaMaTransformer(config, tokenizer, device="meta").to(getattr(torch, dtype)).state_dict()
-        rows = planned[_EMBEDDING].shape[0]
-        _write_weights(aside, state, planned, to_huggingface({name: name for name in planned}, config.tie_embeddings))
-        _write_json(aside / _CONFIG, _model_config(config, tokenizer, rows, dtype))
-        _write_json(aside / "generation_config.json", _generation_config(tokenizer, rows))
-        _write_tokenizer(aside, tokenizer, config.max_seq_len)
-        _publish(aside, out)
+        rows, ours = planned[_EMBEDDING].shape[0], to_huggingface({n: n for n in planned}, config.tie_embeddings)
+        with tempfile.TemporaryDirectory(prefix=".dsllama-", dir=place, ignore_cleanup_errors=True) as folder:
+            aside = Path(folder) / out.name
+            aside.mkdir()
+            _write_weights(aside, state, planned, ours)
+            _write_json(aside / _CONFIG, _model_config(config, tokenizer, rows, dtype))
+            _write_json(aside / "generation_config.json", _generation_config(tokenizer, rows))
+            _write_tokenizer(aside, tokenizer, config.max_seq_len)
+            _publish(aside, out)
     except OSError as error:
         remedy = remedy_for(error, "give another folder")
         problem = Problem("--out", f"cannot be written ({error.strerror or error})", remedy, str(out))
         raise UserError(problem, "cannot export") from None
-    finally:
-        if aside is not None:
-            shutil.rmtree(aside.parent, ignore_errors=True)
     return out
 
 
 def _check_target(out: Path, overwrite: bool) -> list[Problem]:
-    if not out.exists():
-        return []
-    if out.is_dir() and not any(out.iterdir()):
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return []
     if not _exported(out):
         rule = f"exists already, and holds no export of dsllama's (by its {_RECORD}), so nothing in it is replaced"

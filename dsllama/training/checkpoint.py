@@ -6,16 +6,16 @@ alone would leave the others waiting.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dsllama.checkpoint import state
 from dsllama.checkpoint.catalog import (
     Checkpoint,
-    holds_checkpoints,
     list_checkpoints,
     newest_whole,
     none_is_whole,
@@ -30,6 +30,10 @@ from dsllama.sizes import readable
 from dsllama.training import engine as deepspeed_engine
 from dsllama.training.engine import World
 
+if TYPE_CHECKING:
+    from dsllama.training.trainer import Job
+
+logger = logging.getLogger("dsllama")
 # What must be the same for the weights to fit, and for "update u" to mean the same samples.
 _SHAPE = ("n_embd", "n_heads", "n_kv_heads", "n_layers", "multiple_of", "tie_embeddings")
 _SAME_RUN = (*_SHAPE, "eps", "theta", "max_seq_len", "tokens_per_update")
@@ -38,86 +42,52 @@ _SAME_RUN = (*_SHAPE, "eps", "theta", "max_seq_len", "tokens_per_update")
 # ---------------------------------------------------------------- choosing
 
 
-def choose(config: TrainingConfig, warn: Callable[[str], Any] | None = None) -> Checkpoint | None:
+def choose(config: TrainingConfig) -> Checkpoint | None:
     """What `load_ckpt` asks for: a checkpoint, or None to start anew. By manifests and sizes; `load` reads the rest.
 
-    warn: called with a sentence for each that is passed over. Raises UserError where a resume was asked for and is
+    Raises UserError where a resume was asked for and is
     impossible, or where starting anew would write over an earlier run.
     """
     existing = list_checkpoints(config.ckpt_dir)
     if config.load_ckpt is False:
         if existing:
-            raise UserError(
-                Problem(
-                    "ckpt_dir",
-                    f"holds {len(existing)} checkpoints of an earlier run, the newest {existing[-1].name}",
-                    "use --load_ckpt true to go on with it, or another --ckpt_dir",
-                    config.ckpt_dir,
-                )
-            )
+            rule = f"holds {len(existing)} checkpoints of an earlier run, the newest {existing[-1].name}"
+            remedy = "use --load_ckpt true to go on with it, or another --ckpt_dir"
+            raise UserError(Problem("ckpt_dir", rule, remedy, config.ckpt_dir))
         return None
     if isinstance(config.load_ckpt, str) and config.load_ckpt != "auto":
-        named = open_checkpoint(config.load_ckpt, warn, resumable=True)
+        named = open_checkpoint(config.load_ckpt, logger.warning, resumable=True)
         _refuse_to_overwrite(named, existing, config)
         return named
-    chosen = newest_whole(config.ckpt_dir, warn, resumable=True)
+    chosen = newest_whole(config.ckpt_dir, logger.warning, resumable=True)
     if chosen is None and (existing or config.load_ckpt is True):
         raise UserError(none_is_whole("ckpt_dir", Path(config.ckpt_dir), resumable=True))
     return chosen
 
 
-def first_ranks(own: Checkpoint | None, world: World) -> Checkpoint | None:
-    """The first rank's choice, which all go on from: each may have seen the folder in another state. Collective."""
-    told = world.tell(own and (own.path, own.manifest))
-    return Checkpoint(*told) if told else None
+def next_whole(job: Job, damaged: Checkpoint, reason: str) -> Checkpoint:
+    """What to go on from instead of a checkpoint that has turned out damaged.
 
-
-def next_whole(
-    config: TrainingConfig,
-    parallel_layout: dict[str, Any],
-    vocab_size: int,
-    damaged: Checkpoint,
-    reason: str,
-    world: World,
-    warn: Callable[[str], Any],
-) -> Checkpoint:
-    """What to go on from instead of a checkpoint that has turned out damaged; the first rank chooses. Collective.
-
-    Raises UserError, on every rank, where that one was asked for by name, or there is no other that fits.
+    Raises UserError where that one was asked for by name, or there is no other that fits.
     """
-    told: Any = None
-    if world.is_main:
-        try:
-            chosen = _next_whole(config, damaged, reason, warn)
-            problems = incompatibilities(chosen, config, parallel_layout, vocab_size)
-            if problems:
-                raise UserError(problems)
-            told = "", chosen.path, chosen.manifest
-        except UserError as error:
-            told = error.title, error.problems
-    title, *found = world.tell(told)
-    if title:
-        raise UserError(found[0], title)
-    return Checkpoint(*found)
-
-
-def _next_whole(config: TrainingConfig, damaged: Checkpoint, reason: str, warn: Callable[[str], Any]) -> Checkpoint:
     folder = damaged.path.parent
-    if _by_name(config):
+    if _by_name(job.config):
         others = [str(p) for p in list_checkpoints(folder) if p != damaged.path]
         remedy = f"beside it: {', '.join(others[-3:])}" if others else "give the path of another one"
         raise UserError(Problem(str(damaged.path), f"is damaged: {reason}", remedy), "cannot load the checkpoint")
-    warn(f"passing over the damaged checkpoint {damaged.path}: {reason}")
-    found = newest_whole(folder, warn, before=damaged.update, resumable=True)
+    logger.warning(f"passing over the damaged checkpoint {damaged.path}: {reason}")
+    found = newest_whole(folder, logger.warning, before=damaged.update, resumable=True)
     if found is None:
         raise UserError(none_is_whole("ckpt_dir", folder, resumable=True))
+    if problems := incompatibilities(found, job.config, job.parallel_layout, job.derived.vocab_size):
+        raise UserError(problems)
     return found
 
 
 def _by_name(config: TrainingConfig) -> bool:
     """Whether load_ckpt names one checkpoint, and no folder of them."""
     named = config.load_ckpt
-    return isinstance(named, str) and named != "auto" and not holds_checkpoints(Path(named))
+    return isinstance(named, str) and named != "auto" and not list_checkpoints(named)
 
 
 def _refuse_to_overwrite(chosen: Checkpoint, existing: list[Path], config: TrainingConfig) -> None:
@@ -150,13 +120,10 @@ def _other_shape(
         if theirs[name] != ours[name]
     ]
     if checkpoint.manifest["vocab_size"] != vocab_size:
-        problems.append(
-            Problem(
-                "vocab_size" if config.vocab_size is not None else "tokenizer_path",
-                f"gives a vocabulary of {vocab_size}, the checkpoint has {checkpoint.manifest['vocab_size']}",
-                f"use the tokenizer that lies in the checkpoint, and vocab_size {theirs['vocab_size'] or 'null'}",
-            )
-        )
+        where = "vocab_size" if config.vocab_size is not None else "tokenizer_path"
+        rule = f"gives a vocabulary of {vocab_size}, the checkpoint has {checkpoint.manifest['vocab_size']}"
+        remedy = f"use the tokenizer that lies in the checkpoint, and vocab_size {theirs['vocab_size'] or 'null'}"
+        problems.append(Problem(where, rule, remedy))
     return problems
 
 

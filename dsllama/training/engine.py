@@ -15,7 +15,7 @@ import socket
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dsllama.checkpoint.state import SCALER_STATE, raise_together
 from dsllama.config import TrainingConfig
 from dsllama.errors import Problem, UserError
 from dsllama.machine import missing_compiler, unusable_gpu
@@ -59,6 +60,18 @@ class World:
         told = [value]
         dist.broadcast_object_list(told, 0)
         return told[0]
+
+    def ask_main(self, question: Callable[[], Any]) -> Any:
+        """What a call comes to on the first rank, on every rank: its value, or the UserError raised. Collective."""
+        found = None
+        try:
+            found = question() if self.is_main else None
+        except UserError as error:
+            found = error
+        found = self.tell(found)
+        if isinstance(found, UserError):
+            raise found
+        return found
 
 
 def world_from_environment() -> tuple[int, int]:
@@ -97,7 +110,7 @@ def start(rank: int, world_size: int) -> World:
         remedy = f"give the launcher another one, such as --master_port {free_port()}"
         raise UserError(Problem("the port", rule, remedy)) from None
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
-    return World(rank=rank, local_rank=local_rank, size=world_size, device=device)
+    return World(rank, local_rank, world_size, device)
 
 
 def accelerator() -> str:
@@ -144,9 +157,12 @@ def unsupported_here(config: TrainingConfig, ds_config: Json) -> list[Problem]:
     if "nvme" in devices and config.checkpoint_format == "deepspeed":
         rule = "deepspeed would not bring back the state of a run that offloads to nvme: DeepSpeed's load leaves it out"
         problems.append(Problem("checkpoint_format", rule, "use checkpoint_format portable"))
-    if "nvme" in devices and not _has_libaio():
-        rule = "to nvme needs the headers of libaio to build DeepSpeed's async_io"
-        problems.append(Problem("offload", rule, "apt-get install libaio-dev (or libaio-devel), or offload to cpu"))
+    if "nvme" in devices:
+        from deepspeed.ops.op_builder import AsyncIOBuilder
+
+        if not AsyncIOBuilder().is_compatible(verbose=False):
+            rule = "to nvme needs the headers of libaio to build DeepSpeed's async_io"
+            problems.append(Problem("offload", rule, "apt-get install libaio-dev (or libaio-devel), or offload to cpu"))
     return problems
 
 
@@ -155,12 +171,6 @@ def find_ninja() -> None:
     beside = str(Path(sys.executable).parent)
     if beside not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = beside + os.pathsep + os.environ.get("PATH", "")
-
-
-def _has_libaio() -> bool:
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    return bool(AsyncIOBuilder().is_compatible(verbose=False))
 
 
 def build(model_factory: Callable[[], torch.nn.Module], ds_config: Json) -> tuple[Any, Scheduler]:
@@ -188,14 +198,10 @@ def build(model_factory: Callable[[], torch.nn.Module], ds_config: Json) -> tupl
         engine, *_ = deepspeed.initialize(model=model, model_parameters=parameter_groups(model), config=ds_config)
     except (AssertionError, ValueError, NotImplementedError) as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
-        raise UserError(
-            Problem(
-                "the DeepSpeed configuration",
-                f"DeepSpeed builds no engine from it: {' '.join(str(error).split()) or place.line} "
-                f"({Path(place.filename).name}:{place.lineno})",
-                "see `dsllama config` for all of it; an overlay's keys are the likeliest",
-            )
-        ) from None
+        why = " ".join(str(error).split()) or place.line
+        rule = f"DeepSpeed builds no engine from it: {why} ({Path(place.filename).name}:{place.lineno})"
+        remedy = "see `dsllama config` for all of it; an overlay's keys are the likeliest"
+        raise UserError(Problem("the DeepSpeed configuration", rule, remedy)) from None
     scaler = _loss_scaler(engine)
     if scaler is not None and scaler.dynamic:
         scaler.raise_error_at_min_scale = False  # the trainer stops the run, with words
@@ -229,9 +235,9 @@ def weights_are_finite(engine: Any) -> bool:
         parameters = parameters[dist.get_rank() :: dist.get_world_size()]
     # Under ZeRO-3 each rank looks at its own part; one that lies on NVMe leaves an empty tensor here. A sum is finite
     # where all its terms are (short of 1e38), at a twentieth of what it takes to look at each.
-    parts = [getattr(parameter, "ds_tensor", parameter).detach() for parameter in parameters]
     bad = torch.zeros((), device=engine.device)
-    for part in parts:
+    for parameter in parameters:
+        part = getattr(parameter, "ds_tensor", parameter).detach()
         bad += ~part.sum(dtype=torch.float32).isfinite().to(engine.device)
     dist.all_reduce(bad, dist.ReduceOp.MAX)
     return not bool(bad)
@@ -285,10 +291,7 @@ def gradient_norm(engine: Any) -> float | None:
 
 
 def plain_gradient_norm(engine: Any) -> float:
-    """The norm of the averaged gradients that lie in `.grad`, just before the step (fp32 at stage 0).
-
-    DeepSpeed reports no norm there (`get_global_grad_norm()` is None).
-    """
+    """The norm of the averaged gradients that lie in `.grad`, just before the step (fp32 at stage 0)."""
     return float(torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]))
 
 
@@ -297,29 +300,21 @@ def save(engine: Any, folder: Path) -> None:
 
     Raises OSError on the ranks that could not write.
     """
-    writer = engine.checkpoint_engine
     failures: list[Exception] = []
 
-    def write(*arguments: Any, **options: Any) -> None:
+    def surviving(method: Callable[..., Any]) -> Callable[..., None]:
         # A rank that raised inside save_checkpoint would leave the others waiting in DeepSpeed's own barriers.
-        try:
-            type(writer).save(writer, *arguments, **options)
-        except Exception as error:
-            failures.append(error)
+        def call(*arguments: Any, **options: Any) -> None:
+            try:
+                method(*arguments, **options)
+            except Exception as error:
+                failures.append(error)
 
-    def copy_script(*arguments: Any) -> None:
-        try:
-            type(engine)._copy_recovery_script(engine, *arguments)
-        except Exception as error:
-            failures.append(error)
+        return call
 
-    def create(*arguments: Any, **options: Any) -> None:
-        try:
-            type(writer).makedirs(writer, *arguments, **options)
-        except Exception as error:
-            failures.append(error)
-
-    writer.save, writer.makedirs, engine._copy_recovery_script = write, create, copy_script
+    writer = engine.checkpoint_engine
+    writer.save, writer.makedirs = surviving(writer.save), surviving(writer.makedirs)
+    engine._copy_recovery_script = surviving(engine._copy_recovery_script)
     try:
         # `save_latest` writes its pointer before the other ranks have finished, so it is never used here.
         engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
@@ -336,47 +331,35 @@ def load(engine: Any, folder: Path) -> None:
     Raises RuntimeError on every rank if any rank failed.
     """
     failure = ""
-    settings = _Settings(engine)
     try:
         # Our files: DeepSpeed's own state holds Python objects, which only a full unpickling can read.
-        loaded, _ = engine.load_checkpoint(str(folder), tag=TAG)
+        with _keeping_settings(engine):
+            loaded, _ = engine.load_checkpoint(str(folder), tag=TAG)
         if loaded is None:
             failure = "DeepSpeed found nothing to load"
-        settings.restore(engine)
     except Exception as error:  # anything may come from a damaged file; one rank's failure must be everyone's
         failure = f"{type(error).__name__}: {error}"
-    failures: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(failures, failure)
-    for rank, text in enumerate(failures):
-        if text:
-            raise RuntimeError(f"rank {rank} could not load {folder}: {text[:300]}")
+    raise_together(failure and f"rank {dist.get_rank()} could not load {folder}: {failure[:300]}", RuntimeError)
 
 
-class _Settings:
-    """What a load of DeepSpeed's brings back beside the state, though this run's configuration says otherwise:
-    the clipping, the optimizer's hyperparameters, the bounds of the loss scale."""
-
-    # What a dynamic loss scaler has come to, as against how it was set up.
-    _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-
-    def __init__(self, engine: Any) -> None:
-        self.clipping = getattr(engine.optimizer, "clip_grad", None)
-        self.scaler = _loss_scaler(engine)
-        self.groups = [settings_of(group) for group in engine.basic_optimizer.param_groups]
-
-    def restore(self, engine: Any) -> None:
-        if self.clipping is not None:
-            engine.optimizer.clip_grad = self.clipping
-        for group, settings in zip(engine.basic_optimizer.param_groups, self.groups, strict=True):
-            group.update(settings)
-        loaded = _loss_scaler(engine)
-        if loaded is self.scaler:
-            return
-        if self.scaler.dynamic and loaded.dynamic:
-            for name in self._SCALER_STATE:
-                setattr(self.scaler, name, getattr(loaded, name))
-        engine.optimizer.loss_scaler = self.scaler
-        engine.optimizer.dynamic_loss_scale = self.scaler.dynamic
+@contextlib.contextmanager
+def _keeping_settings(engine: Any) -> Iterator[None]:
+    """What a load of DeepSpeed's brings back beside the state, though this run's configuration says otherwise: the
+    clipping, the optimizer's hyperparameters, the bounds of the loss scale."""
+    clipping, scaler = getattr(engine.optimizer, "clip_grad", None), _loss_scaler(engine)
+    groups = [settings_of(group) for group in engine.basic_optimizer.param_groups]
+    yield
+    if clipping is not None:
+        engine.optimizer.clip_grad = clipping
+    for group, settings in zip(engine.basic_optimizer.param_groups, groups, strict=True):
+        group.update(settings)
+    loaded = _loss_scaler(engine)
+    if loaded is not scaler:
+        if scaler.dynamic and loaded.dynamic:
+            for name in SCALER_STATE:
+                setattr(scaler, name, getattr(loaded, name))
+        engine.optimizer.loss_scaler = scaler
+        engine.optimizer.dynamic_loss_scale = scaler.dynamic
 
 
 def _quieten() -> None:
@@ -386,10 +369,9 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.distributed")
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     level = logging.getLevelName(os.environ.get("DSLLAMA_DEEPSPEED_LOG", "ERROR").upper())
-    with contextlib.suppress(ImportError):
-        from deepspeed.utils import logger
+    from deepspeed.utils import logger
 
-        logger.setLevel(level)
+    logger.setLevel(level)
 
 
 def _import_muon_uncompiled() -> None:
@@ -440,7 +422,6 @@ def _set_default_timeout() -> None:
 
 def free_port() -> str:
     """A port of this host that nobody listens on."""
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])

@@ -29,13 +29,13 @@ from dsllama.data.tokenizer import Tokenizer
 from dsllama.errors import EXIT_USER_ERROR, Problem, UserError, of_system, remedy_for
 from dsllama.locks import Hold, hold
 from dsllama.machine import versions
-from dsllama.sizes import readable, readable_duration
+from dsllama.sizes import readable
 from dsllama.training.reporting import log_problem
 from dsllama.training.stopping import EXIT_STOPPED
 
 if TYPE_CHECKING:  # importing it for real takes seconds, which a mistake should not cost
     from dsllama.training.engine import World
-    from dsllama.training.trainer import Job, Outcome
+    from dsllama.training.trainer import Job
 
 logger = logging.getLogger("dsllama")
 EXIT_FAILED = 1
@@ -52,43 +52,30 @@ def main(argv: Sequence[str]) -> int:
     # Other packages' own words only from warnings upward: distutils, for one, prints its compiler commands.
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     logging.getLogger("dsllama").setLevel(logging.INFO if rank == 0 else logging.ERROR)
-    holds = Holds()
+    holds: dict[str, Hold] = {}
     try:
         job = prepare(_parse(argv), rank, world_size, holds)
-        return _train(job, rank, world_size, holds)
+        return _train(job, rank, world_size, holds.get("ckpt_dir"))
     except UserError as error:
+        # The same on every rank, or, where data turn out bad on the way, of the one that reads them.
         return complain(str(error), rank, EXIT_USER_ERROR)
     finally:
-        holds.release()
+        for each in reversed(holds.values()):
+            each.release()
 
 
-class Holds:
-    """What a run holds for itself alone, on the first rank: its log, and its checkpoints' folder."""
-
-    def __init__(self) -> None:
-        self.log: Hold | None = None
-        self.ckpt_dir: Hold | None = None
-
-    def take(self, config: TrainingConfig) -> list[Problem]:
-        """Take both; why that cannot be."""
-        problems: list[Problem] = []
-        log_file = Path(config.log_file)
-        with _collecting(problems):
-            other = "give this run another --log_file"
-            self.log = hold(log_file.with_name(f".{log_file.name}.lock"), "log_file", config.log_file, other)
-        with _collecting(problems):
-            other = "wait for that run, or give this one another --ckpt_dir"
-            self.ckpt_dir = hold(Path(config.ckpt_dir) / LOCK, "ckpt_dir", config.ckpt_dir, other)
-        return problems
-
-    def release(self) -> None:
-        """Let the next run have them."""
-        for each in (self.ckpt_dir, self.log):
-            if each is not None:
-                each.release()
+def _take(config: TrainingConfig, holds: dict[str, Hold], problems: list[Problem]) -> None:
+    """Hold what a run has for itself alone, on the first rank: its log, and its checkpoints' folder."""
+    log_file = Path(config.log_file)
+    with _collecting(problems):
+        other, lock = "give this run another --log_file", log_file.with_name(f".{log_file.name}.lock")
+        holds["log_file"] = hold(lock, "log_file", config.log_file, other)
+    with _collecting(problems):
+        other = "wait for that run, or give this one another --ckpt_dir"
+        holds["ckpt_dir"] = hold(Path(config.ckpt_dir) / LOCK, "ckpt_dir", config.ckpt_dir, other)
 
 
-def _train(job: Job, rank: int, world_size: int, holds: Holds) -> int:
+def _train(job: Job, rank: int, world_size: int, ckpt_dir: Hold | None) -> int:
     # Only now: torch's distributed and DeepSpeed's engine take seconds to import.
     from dsllama import selftest
     from dsllama.training import engine
@@ -98,14 +85,8 @@ def _train(job: Job, rank: int, world_size: int, holds: Holds) -> int:
     # From here on a signal is a stop request: one that comes while the engine is built is met after the first update.
     stop = StopRequest()
     stop.listen()
-    try:
-        world = engine.start(rank, world_size)
-    except UserError as error:
-        return complain(str(error), rank, EXIT_USER_ERROR)
-    try:
-        job = _as_the_first_rank(job, world)
-    except UserError as error:
-        return complain(str(error) if world.is_main else "", rank, EXIT_USER_ERROR)
+    world = engine.start(rank, world_size)
+    job = _as_the_first_rank(job, world)
     finished = job.resume_from
     if finished is not None and finished.update >= job.derived.updates:
         if world.is_main:
@@ -116,52 +97,45 @@ def _train(job: Job, rank: int, world_size: int, holds: Holds) -> int:
         return 0
     if world.is_main:
         _announce(job)
+    earlier = job.resume_from.manifest.get("self_test") if job.resume_from else None
+    verdict, told = selftest.of_run(job.config, job.derived, job.ds_config, world, earlier)
+    if world.is_main:
+        print(told, flush=True)
+    if verdict["result"] == "failed":
+        return complain("", rank, EXIT_FAILED)
+    job = dataclasses.replace(job, self_test=verdict)
     try:
-        try:
-            earlier = job.resume_from.manifest.get("self_test") if job.resume_from else None
-            verdict, told = selftest.of_run(job.config, job.derived, job.ds_config, world, earlier)
-            if world.is_main:
-                print(told, flush=True)
-            if verdict["result"] == "failed":
-                return complain("", rank, EXIT_FAILED)
-            job = dataclasses.replace(job, self_test=verdict)
-            trainer = Trainer(job, world, stop, holds.ckpt_dir)
-            if problem := world.tell(_make_notes(job) if world.is_main else None):
-                raise UserError(problem)
-        except UserError as error:  # DeepSpeed's, or a damaged checkpoint: the same on every rank
-            return complain(str(error) if world.is_main else "", rank, EXIT_USER_ERROR)
-        outcome = trainer.run()
-    except UserError as error:  # data that turn out bad on the way, on whichever rank reads them
-        print(f"rank {rank}: {error}", file=sys.stderr, flush=True)
-        return EXIT_USER_ERROR
+        trainer = Trainer(job, world, stop, ckpt_dir)
+        world.ask_main(lambda: _make_notes(job))
+        stopped_by = trainer.run()
     except TrainingFailed as error:
         # Every rank has come to the same, so one says it.
         return complain(f"training stopped: {error}" if world.is_main else "", rank, EXIT_FAILED)
-    if world.is_main:
-        _summarize(job, outcome)
-    return EXIT_STOPPED if outcome.stopped_by else 0
+    return EXIT_STOPPED if stopped_by else 0
 
 
 def _as_the_first_rank(job: Job, world: World) -> Job:
     """The job with the checkpoints that the first rank has chosen. Collective. Raises UserError on every rank."""
-    from dsllama.checkpoint.fragments import DamagedFile
+    from dsllama.checkpoint.catalog import Checkpoint, with_first_whole
     from dsllama.training import checkpoint as checkpoints
 
-    chosen, layout = checkpoints.first_ranks(job.resume_from, world), job.parallel_layout
-    while chosen is not None and chosen.update >= job.derived.updates:  # nobody is going to load it
-        try:
-            checkpoints.insist_on_whole_files(chosen, world)
-            break
-        except DamagedFile as error:
-            vocab_size, reason = job.derived.vocab_size, str(error)
-            chosen = checkpoints.next_whole(job.config, layout, vocab_size, chosen, reason, world, logger.warning)
+    def finished(source: Checkpoint) -> Checkpoint:
+        if source.update >= job.derived.updates:  # nobody is going to load it
+            checkpoints.insist_on_whole_files(source, world)
+        return source
+
+    def instead(damaged: Checkpoint, reason: str) -> Checkpoint:
+        return world.ask_main(lambda: checkpoints.next_whole(job, damaged, reason))
+
+    chosen, init_from = world.tell((job.resume_from, job.init_from))
+    chosen = chosen and with_first_whole(chosen, finished, instead)
     position = chosen.manifest["data"] if chosen else {**job.loader.state_dict(), "consumed_samples": 0}
     job.loader.load_state_dict(position)
-    return dataclasses.replace(job, resume_from=chosen, init_from=checkpoints.first_ranks(job.init_from, world))
+    return dataclasses.replace(job, resume_from=chosen, init_from=init_from)
 
 
-def _make_notes(job: Job) -> Problem | None:
-    """Clear up in ckpt_dir and note what is started; why that cannot be."""
+def _make_notes(job: Job) -> None:
+    """Clear up in ckpt_dir and note what is started. Raises UserError."""
     from dsllama.training.trainer import run_files
 
     ckpt_dir = Path(job.config.ckpt_dir)
@@ -170,8 +144,7 @@ def _make_notes(job: Job) -> Problem | None:
     try:
         note_start(ckpt_dir, run_files(job))
     except OSError as error:
-        return of_system(error)
-    return None
+        raise UserError(of_system(error)) from None
 
 
 def note_start(ckpt_dir: Path, files: dict[str, str]) -> Path:
@@ -196,14 +169,15 @@ def exit_process(code: int) -> NoReturn:
     os._exit(code)
 
 
-def prepare(config: TrainingConfig, rank: int, world_size: int, holds: Holds | None = None) -> Job:
+def prepare(config: TrainingConfig, rank: int, world_size: int, holds: dict[str, Hold]) -> Job:
     """Check everything that a run needs and open it. Raises one UserError with all that is wrong.
 
-    holds: where the first rank keeps what it takes for the run alone; None takes nothing.
+    holds: where the first rank keeps what it takes for the run alone, by the names of fields.
     """
     from dsllama.checkpoint.catalog import open_checkpoint
     from dsllama.deepspeed_config import deepspeed_config
     from dsllama.derived import DEFAULT_VOCABULARY, derive
+    from dsllama.model import vocabulary
     from dsllama.training import checkpoint as checkpoints
     from dsllama.training import engine, saving
     from dsllama.training.trainer import Job, parallel_layout
@@ -223,10 +197,10 @@ def prepare(config: TrainingConfig, rank: int, world_size: int, holds: Holds | N
         folders |= {"tensorboard_dir": Path(config.tensorboard_dir)} if config.tensorboard_dir else {}
         unwritable = _unwritable(folders)
         problems += unwritable
-        if holds is not None and rank == 0 and not unwritable:
-            problems += holds.take(config)
+        if rank == 0 and not unwritable:
+            _take(config, holds, problems)
     with _collecting(problems):
-        resume_from = checkpoints.choose(config, logger.warning)
+        resume_from = checkpoints.choose(config)
     with _collecting(problems):
         derived = derive(config, world_size, vocab_size)
         ds_json = deepspeed_config(config, derived, engine.accelerator())
@@ -255,6 +229,8 @@ def _open_data(
     config: TrainingConfig, rank: int, world_size: int, vocab_size: int | None
 ) -> tuple[DatasetLoader, DatasetLoader | None]:
     """The loader of the training part, and of the held-out part where there is one."""
+    from dsllama.training.engine import accelerator
+
     opened = functools.partial(
         DatasetLoader,
         config.batch_size,
@@ -262,7 +238,7 @@ def _open_data(
         rank,
         world_size,
         TokenStream(config.dataset_dir, vocab_size),
-        _device(),
+        f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if accelerator() == "cuda" else "cpu",
         seed=config.seed,
         validation_tokens=config.validation_tokens,
     )
@@ -293,33 +269,15 @@ def _encoded_otherwise(config: TrainingConfig, fingerprint: str) -> list[Problem
     manifest = Manifest.load(Path(config.dataset_dir))
     if manifest is None or manifest.tokenizer == fingerprint:
         return []
-    return [
-        Problem(
-            "tokenizer_path",
-            f"is not the tokenizer that encoded {config.dataset_dir}",
-            "use that one, or run `dsllama encode` again with this one",
-            config.tokenizer_path,
-        )
-    ]
-
-
-def vocabulary(config: TrainingConfig, tokenizer_size: int) -> int:
-    """Rows of the embedding: the tokenizer's, or the configuration's larger number."""
-    if config.vocab_size is not None and config.vocab_size < tokenizer_size:
-        raise UserError(
-            Problem(
-                "vocab_size",
-                f"is smaller than the tokenizer's {tokenizer_size}",
-                f"leave it out, or pad to {-(-tokenizer_size // 64) * 64}",
-                config.vocab_size,
-            )
-        )
-    return config.vocab_size or tokenizer_size
+    rule = f"is not the tokenizer that encoded {config.dataset_dir}"
+    remedy = "use that one, or run `dsllama encode` again with this one"
+    return [Problem("tokenizer_path", rule, remedy, config.tokenizer_path)]
 
 
 def vocabulary_so_far(config: TrainingConfig) -> tuple[int, bool]:
     """(`vocabulary`, and whether it is only assumed) where the tokenizer need not be there yet."""
     from dsllama.derived import DEFAULT_VOCABULARY
+    from dsllama.model import vocabulary
 
     if Path(config.tokenizer_path).exists():
         return vocabulary(config, Tokenizer.load(config.tokenizer_path).vocab_size), False
@@ -346,12 +304,6 @@ def _parse(argv: Sequence[str]) -> TrainingConfig:
     # DeepSpeed's launcher passes it; the environment says the same.
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     return arguments.config_from(parser.parse_args(argv))
-
-
-def _device() -> str:
-    from dsllama.training import engine
-
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if engine.accelerator() == "cuda" else "cpu"
 
 
 def complain(text: str, rank: int, code: int) -> int:
@@ -387,21 +339,6 @@ def _announce(job: Job) -> None:
         print(
             f"weights      {source.path}: update {source.update}, {readable(source.tokens)} tokens; {anew}", flush=True
         )
-
-
-def _summarize(job: Job, outcome: Outcome) -> None:
-    config = job.config
-    head = f"stopped by {outcome.stopped_by} after" if outcome.stopped_by else "finished:"
-    print(
-        f"{head} update {outcome.update} of {job.derived.updates}, {readable(outcome.tokens)} tokens, "
-        f"loss {outcome.last_loss:.4f}, {readable(outcome.tokens_per_second)} tok/s, "
-        f"{readable_duration(outcome.seconds)}" + (f"; {outcome.skipped} updates skipped" if outcome.skipped else "")
-    )
-    if outcome.checkpoint is not None:
-        print(f"checkpoint   {outcome.checkpoint.path}\nlog          {config.log_file}")
-    if outcome.stopped_by:
-        print("go on with   the same command and --load_ckpt true")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

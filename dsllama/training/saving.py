@@ -61,16 +61,15 @@ class Saver:
     """The saves of a run, one at a time. Every method but `progress` is collective.
 
     folder: exists; where it has vanished it is not made anew, perhaps on another disk. form: "portable", or "deepspeed"
-    for what the engine itself writes. background: false writes within `begin`.
+    for what the engine itself writes.
     """
 
-    def __init__(self, folder: Path, world: World, engine: Any, form: str = "portable", background: bool = True):
+    def __init__(self, folder: Path, world: World, engine: Any, form: str = "portable") -> None:
         self.folder, self.world, self.engine, self.form = folder, world, engine, form
-        self.foreground = "" if background else "asked for"  # why it is not the thread that writes
+        # Why it is not the thread that writes.
+        self.foreground = "DeepSpeed's own files are written by the engine" if form != "portable" else ""
         self._memory: torch.Tensor | None = None
-        if form != "portable":
-            self.foreground = "DeepSpeed's own files are written by the engine"
-        elif background:
+        if form == "portable":
             self._set_memory_up()
         self._running: _Save | None = None
 
@@ -134,7 +133,8 @@ class Saver:
         with all_or_none(self.world):
             if self.world.is_main:
                 shutil.rmtree(aside, ignore_errors=True)
-                _insist_on_space(self.folder, needed)
+                if problem := space_problem(self.folder, needed):
+                    raise OSError(errno.ENOSPC, f"{self.folder} {problem}")
                 aside.mkdir()
         manifest = {**manifest, "state": self.form, "update": update}
         if self.form == "portable":
@@ -148,7 +148,10 @@ class Saver:
         else:
             write = lambda: self._write_the_engines(aside, own)  # noqa: E731
         self._running = _Save(final, aside, manifest, started, lambda: {**write(), **_write_texts(aside, texts)})
-        self._running.start(in_background=self._memory is not None)
+        if self._memory is not None:
+            self._running.thread.start()
+        else:
+            self._running.attempt()
         self._running.stall = time.perf_counter() - started
 
     def settle(self) -> Saved:
@@ -157,7 +160,8 @@ class Saver:
         assert self._running is not None
         began = time.perf_counter()
         save, self._running = self._running, None
-        save.thread.join()
+        if save.thread.is_alive():
+            save.thread.join()
         parts: list[Any] = [None] * self.world.size
         dist.all_gather_object(parts, (save.entries, save.failure, save.seconds))
         failures = [f"rank {rank}: {failure}" for rank, (_, failure, _) in enumerate(parts) if failure]
@@ -199,31 +203,18 @@ class _Save:
         self.stall = self.seconds = 0.0
         self.thread = threading.Thread(target=self._run, name="save", daemon=True)
 
-    def start(self, in_background: bool) -> None:
-        if in_background:
-            self.thread.start()
-        else:
-            self.thread = _Ended()
-            self._attempt()
-
     def _run(self) -> None:
         with contextlib.suppress(OSError, AttributeError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
-        self._attempt()
+        self.attempt()
 
-    def _attempt(self) -> None:
+    def attempt(self) -> None:
+        """Write, on this thread."""
         try:
             self.entries = self._write()
         except Exception as error:  # whatever it is, the other ranks wait for the word
             self.failure = " ".join(str(error).split())[:300] or type(error).__name__
         self.seconds = time.perf_counter() - self.started
-
-
-class _Ended(threading.Thread):
-    """A thread that needs none."""
-
-    def join(self, timeout: float | None = None) -> None:
-        """There is nothing to wait for."""
 
 
 # ---------------------------------------------------------------- files
@@ -241,12 +232,6 @@ def space_problem(folder: Path, needed: int) -> str:
     except OSError:  # a file system that does not say
         return ""
     return f"has {readable_bytes(free)} free, and a checkpoint takes {readable_bytes(needed)}" if free < needed else ""
-
-
-def _insist_on_space(folder: Path, needed: int) -> None:
-    problem = space_problem(folder, needed)
-    if problem:
-        raise OSError(errno.ENOSPC, f"{folder} {problem}")
 
 
 def _write_texts(aside: Path, texts: dict[str, str]) -> dict[str, Any]:
@@ -298,8 +283,4 @@ def all_or_none(world: World) -> Iterator[None]:
         yield
     except OSError as error:
         failure = f"rank {world.rank}: {' '.join(str(error).split())[:300]}"
-    failures: list[str] = [""] * world.size
-    dist.all_gather_object(failures, failure)
-    text = "; ".join(filter(None, failures))
-    if text:
-        raise OSError(text)
+    state.raise_together(failure, OSError)

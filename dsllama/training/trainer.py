@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,23 +26,21 @@ import yaml
 
 from dsllama.checkpoint.catalog import (
     Checkpoint,
-    holds_checkpoints,
     list_checkpoints,
-    newest_whole,
+    older_whole,
     timestamp,
     update_of,
+    with_first_whole,
 )
-from dsllama.checkpoint.fragments import DamagedFile
 from dsllama.checkpoint.retention import Policy, Retention
 from dsllama.config import TrainingConfig
 from dsllama.data.loader import DatasetLoader
 from dsllama.data.tokenizer import Tokenizer
 from dsllama.derived import Derived
-from dsllama.errors import Problem, UserError
 from dsllama.locks import Hold
 from dsllama.machine import peak_memory_gib, peak_tflops, versions
 from dsllama.model import IGNORE_INDEX, LLaMaTransformer
-from dsllama.sizes import readable_duration
+from dsllama.sizes import readable, readable_duration
 from dsllama.training import checkpoint as checkpoints
 from dsllama.training import engine as deepspeed_engine
 from dsllama.training.engine import World
@@ -74,20 +73,6 @@ class Job:
     @property
     def parallel_layout(self) -> dict[str, Any]:
         return parallel_layout(self.config, self.ds_config, self.derived.world_size)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended. checkpoint: the last one that is published; skipped: of this process's updates."""
-
-    update: int
-    tokens: int
-    last_loss: float
-    tokens_per_second: float
-    seconds: float
-    checkpoint: Checkpoint | None
-    stopped_by: str = ""
-    skipped: int = 0
 
 
 def parallel_layout(config: TrainingConfig, ds_config: dict[str, Any], ranks: int) -> dict[str, Any]:
@@ -129,7 +114,7 @@ class Trainer:
         # The draws of dropout differ between ranks, the weights did not.
         checkpoints.seed_everything(self.config.seed + 1 + world.rank)
         self.update = 0
-        self.resumed_from = self.last_checkpoint = job.resume_from
+        self.last_checkpoint = job.resume_from
         self.streak = Streak()
         if job.resume_from is not None:
             self._resume(job.resume_from)
@@ -142,9 +127,9 @@ class Trainer:
             print(f"saves        while training stands still: {self.saver.foreground}", flush=True)
         self.retention: Retention | None = None
         self.housekeeping: threading.Thread | None = None
-        if world.is_main and self.config.keep_last is not None:
-            c = self.config
-            policy = Policy(self.config.keep_last, c.keep_every, c.keep_best, c.keep_weights)
+        c = self.config
+        if world.is_main and c.keep_last is not None:
+            policy = Policy(c.keep_last, c.keep_every, c.keep_best, c.keep_weights)
             self.retention = Retention(policy, Path(c.ckpt_dir), logger.warning, self.update)
         self.skips = self.skips_before = deepspeed_engine.skips(self.engine)
         peak = self.config.peak_tflops or peak_tflops(world.device)
@@ -155,8 +140,8 @@ class Trainer:
 
     # ------------------------------------------------------------ the loop
 
-    def run(self) -> Outcome:
-        """Train until training_tokens are reached or somebody asks to stop."""
+    def run(self) -> str:
+        """Train until training_tokens are reached or somebody asks to stop; returns who did, "" for nobody."""
         config, updates = self.config, self.derived.updates
         loss, stopped_by, save_is_due = math.nan, "", False
         with self._reporting():
@@ -177,7 +162,7 @@ class Trainer:
                 saves = last or (save_is_due and not self.streak.skipped)
                 evaluates = self._every(config.eval_interval) or (saves and config.keep_best and not stopped_by)
                 validation = self._evaluate() if evaluates and self.job.validation else None
-                if self.update == updates and not self._applied():
+                if self.update == updates and self._skipped == self.update - self.first_update + 1:
                     self._give_up(f"{self._place(self.first_update)}: each was skipped, so nothing has been trained")
                 try:
                     if saves:
@@ -188,16 +173,10 @@ class Trainer:
                         self._log(loss, grad_norm, validation)
                 if config.sample_prompts and is_sample_update(self.update, config):
                     self._sample()
-        return Outcome(
-            update=self.update,
-            tokens=self.tokens,
-            last_loss=loss,
-            tokens_per_second=self._tokens_here / max(self.clock.training_seconds, 1e-9),
-            seconds=self.clock.seconds,
-            checkpoint=self.last_checkpoint,
-            stopped_by=stopped_by if self.update < updates else "",
-            skipped=self.skips.count - self.skips_before.count,
-        )
+        stopped_by = stopped_by if self.update < updates else ""
+        if self.world.is_main:
+            self._summarize(loss, stopped_by)
+        return stopped_by
 
     def train_one_update(self) -> tuple[float, float | None, bool]:
         """One optimizer update: (mean loss over all ranks and micro-steps, gradient norm, does anyone want to stop)."""
@@ -233,14 +212,15 @@ class Trainer:
         """Those of this process and its ranks."""
         return (self.update - self.first_update + 1) * self.config.tokens_per_update
 
+    @property
+    def _skipped(self) -> int:
+        """Updates of this process that have not changed the weights."""
+        return self.skips.count - self.skips_before.count
+
     # ------------------------------------------------------------ when
 
     def _every(self, interval: int) -> bool:
         return self.update % interval == 0
-
-    def _applied(self) -> int:
-        """Updates of this process that have changed the weights."""
-        return self.update - self.first_update + 1 - (self.skips.count - self.skips_before.count)
 
     def _crosses(self, tokens: int) -> bool:
         """Whether this update is the first at or beyond a multiple of `tokens`."""
@@ -381,7 +361,8 @@ class Trainer:
         """Draw the plot anew and remove old checkpoints; in a thread, since each may take seconds."""
         assert self.report is not None
         try:
-            self.report.plot(self._tokens_saved())
+            published = list_checkpoints(self.config.ckpt_dir)
+            self.report.plot([update_of(path) * self.config.tokens_per_update for path in published])
         except OSError as error:
             logger.warning(f"the plot could not be drawn: {error}")
         if self.retention is None:
@@ -413,33 +394,22 @@ class Trainer:
         if self.world.is_main:
             print(f"not saved    {told} The run goes on to the next one.", flush=True)
 
-    def _tokens_saved(self) -> list[int]:
-        """Where there is a checkpoint, in tokens."""
-        found = list_checkpoints(self.config.ckpt_dir)
-        return [update_of(path) * self.config.tokens_per_update for path in found]
-
     def _begin_with(self, source: Checkpoint) -> None:
         """Take up its weights; where they are damaged, those of the newest before it in the folder that was given."""
-        while True:
-            try:
-                checkpoints.begin_with(source, self.world, self.engine)
-                return
-            except DamagedFile as error:
-                reason = str(error)
-            folder, older = Path(self.config.init_from or ""), None
-            if self.world.is_main and holds_checkpoints(folder):
-                older = newest_whole(folder, logger.warning, before=source.update)
-            older = checkpoints.first_ranks(older, self.world)
-            if older is None:
-                problem = Problem("init_from", f"is damaged: {reason}", "give another checkpoint", str(source.path))
-                raise UserError(problem)
-            logger.warning(f"passing over the damaged checkpoint {source.path}: {reason}; beginning with {older.path}")
-            source = older
+        older = partial(older_whole, self.config.init_from or "", logger.warning, where="init_from")
+        with_first_whole(
+            source,
+            lambda source: checkpoints.begin_with(source, self.world, self.engine),
+            lambda damaged, reason: self.world.ask_main(lambda: older(damaged, reason)),
+        )
 
     def _resume(self, source: Checkpoint) -> None:
         fresh = self.scheduler.state_dict()
-        source = self._load_first_whole(source)
-        self.resumed_from = self.last_checkpoint = source
+        try:
+            source = with_first_whole(source, self._load, self._next_whole)
+        except RuntimeError as error:
+            raise TrainingFailed(f"the checkpoint could not be loaded: {error}") from None
+        self.last_checkpoint = source
         self.update = source.update
         self.streak = Streak(**source.manifest.get("skipping", {}))
         theirs = {**source.manifest["schedule"], "current_step": 1}
@@ -452,24 +422,16 @@ class Trainer:
                 flush=True,
             )
 
-    def _load_first_whole(self, source: Checkpoint) -> Checkpoint:
-        """Load a checkpoint; where it turns out damaged, the newest whole one before it. Returns what was loaded."""
-        config, layout = self.config, self.job.parallel_layout
-        while True:
-            try:
-                pinned = self.loader.first_sequence()
-                checkpoints.load(source, self.world, self.engine, pinned, config.precision)
-                return source
-            except DamagedFile as error:
-                vocab_size = self.derived.vocab_size
-                source = checkpoints.next_whole(
-                    config, layout, vocab_size, source, str(error), self.world, logger.warning
-                )
-            except RuntimeError as error:
-                raise TrainingFailed(f"the checkpoint could not be loaded: {error}") from None
-            self.loader.load_state_dict(source.manifest["data"])
-            if self.world.is_main:
-                print("\n".join(checkpoints.resumption_lines(source, config, layout)), flush=True)
+    def _load(self, source: Checkpoint) -> Checkpoint:
+        checkpoints.load(source, self.world, self.engine, self.loader.first_sequence(), self.config.precision)
+        return source
+
+    def _next_whole(self, damaged: Checkpoint, reason: str) -> Checkpoint:
+        source: Checkpoint = self.world.ask_main(lambda: checkpoints.next_whole(self.job, damaged, reason))
+        self.loader.load_state_dict(source.manifest["data"])
+        if self.world.is_main:
+            print("\n".join(checkpoints.resumption_lines(source, self.config, self.job.parallel_layout)), flush=True)
+        return source
 
     def _insist_on_finite(self, loss: float, grad_norm: float | None) -> None:
         """Stop before anything that is not finite can reach a checkpoint; say what the engine has skipped."""
@@ -533,12 +495,24 @@ class Trainer:
 
     # ------------------------------------------------------------ round the loop
 
+    def _summarize(self, loss: float, stopped_by: str) -> None:
+        rate = readable(self._tokens_here / max(self.clock.training_seconds, 1e-9))
+        print(
+            f"stopped by {stopped_by} after" if stopped_by else "finished:",
+            f"update {self.update} of {self.derived.updates}, {readable(self.tokens)} tokens, loss {loss:.4f},",
+            f"{rate} tok/s, {readable_duration(self.clock.seconds)}"
+            + (f"; {self._skipped} updates skipped" if self._skipped else ""),
+        )
+        if self.last_checkpoint is not None:
+            print(f"checkpoint   {self.last_checkpoint.path}\nlog          {self.config.log_file}")
+        if stopped_by:
+            print("go on with   the same command and --load_ckpt true")
+
     @contextlib.contextmanager
     def _reporting(self) -> Iterator[None]:
         if self.world.is_main:
             log_file = Path(self.config.log_file)
-            resumed = self.resumed_from
-            self.report = Report(log_file, tensorboard_dir(self.config), self.update, resumed.tokens if resumed else 0)
+            self.report = Report(log_file, tensorboard_dir(self.config), self.update, self.tokens)
         try:
             yield
         finally:
@@ -582,11 +556,11 @@ class Stopwatch:
         return rate
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[Stopwatch]:
-        """Keep what happens within out of `training_seconds`; gives a watch of its own for it."""
-        watch = Stopwatch()
-        yield watch
-        self._idle += watch.seconds
+    def paused(self) -> Iterator[None]:
+        """Keep what happens within out of `training_seconds`."""
+        began = time.perf_counter()
+        yield
+        self._idle += time.perf_counter() - began
 
 
 def is_sample_update(update: int, config: TrainingConfig) -> bool:
