@@ -46,7 +46,7 @@ def parameter_count(config: Any, vocab_size: int) -> tuple[int, int]:
 def vocabulary(config: Any, tokenizer_size: int) -> int:
     """Rows of the embedding: the tokenizer's, or the configuration's larger number. Raises UserError for a smaller."""
     if config.vocab_size is not None and config.vocab_size < tokenizer_size:
-        rule = f"must be at least the tokenizer's {tokenizer_size}"
+        rule = f"must be at least the tokenizer's {tokenizer_size}: one smaller than the tokenizer's lacks some ids"
         remedy = f"leave it out, or pad to {-(-tokenizer_size // 64) * 64}"
         raise UserError(Problem("vocab_size", rule, remedy, config.vocab_size))
     return config.vocab_size or tokenizer_size

@@ -289,10 +289,10 @@ class Source:
         if done != end:
             raise DamagedFile(f"{self.folder.name} lacks elements {done} to {end - 1} of {name} ({kind})")
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, kind: str = "weight") -> Tensor:
         """A whole parameter in fp32, in its shape."""
         out = torch.empty(math.prod(self.shapes[name]), dtype=torch.float32)
-        self.read_into(name, "weight", 0, out)
+        self.read_into(name, kind, 0, out)
         return out.view(self.shapes[name])
 
     def own(self, rank: int) -> Iterator[tuple[str, Tensor]]:
