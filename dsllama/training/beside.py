@@ -48,7 +48,7 @@ _MOST_SKIPPED = 40
 _LIMIT, _OF_A_WEIGHT, _NOISES = 1e-5, 2.0**-19, 10
 _REDUCED_IN = {"bf16": 2.0**-5, "bfp16": 2.0**-5, "fp16": 2.0**-8}
 # Of loss and norm, which are means of many roundings, and of a tensor.
-_COMPILED = {"fp32": (1e-4, 1e-4), "bf16": (2.0**-9, 2.0**-4), "fp16": (2.0**-12, 2.0**-7)}
+_COMPILED = {"fp32": (1e-4, 1e-4), "bf16": (2.0**-7, 2.0**-3), "fp16": (2.0**-10, 2.0**-6)}
 _PARTS = {"embed_tokens": "embedding", "self_attn": "attention", "mlp": "feed-forward", "norm": "norms"}
 
 

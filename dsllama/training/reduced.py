@@ -42,6 +42,7 @@ _SIMPLER: Json = {
     "offload_params": "none",
     "offload_optimizer": "none",
     "precision": "fp32",
+    "checkpoint_format": "portable",
 }
 
 
