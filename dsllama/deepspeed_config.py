@@ -95,7 +95,7 @@ def deepspeed_config(config: TrainingConfig, derived: Derived, accelerator: str 
     overlay = read_overlay(config)
     problems = list(unsound(overlay, config.deepspeed_overlay or ""))
     zero = zero_settings(config, overlay)
-    problems += _impossible(zero)
+    problems += _impossible(zero, config.precision)
     bound = binding(config, derived, zero)
     asked = merge(bound, {"zero_optimization": {"stage": zero.asked_stage}})
     bound = merge(bound, _FIXED)
@@ -189,7 +189,7 @@ def _recommended(derived: Derived, zero: ZeroSettings, accelerator: str) -> Json
     }
 
 
-def _impossible(zero: ZeroSettings) -> list[Problem]:
+def _impossible(zero: ZeroSettings, precision: str) -> list[Problem]:
     """Combinations that only show once configuration and overlay are put together."""
     problems = []
     asked, device, params = zero.asked_stage, zero.offload_optimizer, zero.offload_params
@@ -202,6 +202,9 @@ def _impossible(zero: ZeroSettings) -> list[Problem]:
         problems.append(Problem("offload_optimizer", "needs zero_stage 1 or more", "use --zero_stage 1", device))
     elif device == "nvme" and asked != 3:
         problems.append(Problem("offload_optimizer", f"to nvme {needed}", remedy, device))
+    if params == "nvme" and precision == "fp32":
+        rule = "to nvme stores them as bf16, without a word, where precision is fp32"
+        problems.append(Problem("offload_params", rule, "use --precision bf16, or --offload_params cpu", params))
     if "nvme" in (device, params) and not zero.nvme_path:
         problems.append(Problem("nvme_path", "must name a folder on the NVMe disk", "use --nvme_path /local/nvme"))
     return problems

@@ -41,7 +41,7 @@ from dsllama.files import digest, write_atomically
 from dsllama.machine import versions
 from dsllama.training import checkpoint as checkpoints
 from dsllama.training import engine as deepspeed_engine
-from dsllama.training import run
+from dsllama.training import operations, run, swap
 from dsllama.training.beside import Finding, examine
 from dsllama.training.engine import World
 from dsllama.training.reduced import Subject, reduced
@@ -125,23 +125,21 @@ def verdict_on(subject: Subject, world: World, ckpt_dir: Path, search: bool = Tr
 def _examine_aside(subject: Subject, world: World, ckpt_dir: Path) -> list[Finding]:
     """`examine` with folders of its own; ranks on several hosts have none in common but ckpt_dir."""
     name = f"{SELF_TEST}-{world.tell(uuid.uuid4().hex[:8])}"
-    on_one_host = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", 1))) == world.size
+    on_one_host = deepspeed_engine.local_size() == world.size
     folder = Path(world.tell(tempfile.gettempdir() if on_one_host else str(ckpt_dir))) / name
-    own = [folder] if world.is_main else []
-    if subject.config.nvme_path:
-        own.append(Path(subject.config.nvme_path) / name)
-        subject = subject.but(nvme_path=str(own[-1]))
     try:
         with all_or_none(world):
-            for each in own:
-                each.mkdir(parents=True, exist_ok=True)
-        return examine(subject, world, folder)
+            if world.is_main:
+                folder.mkdir(parents=True)
+        place = subject.config.nvme_path
+        with swap.own_folder(Path(place) if place else None, world) as own:
+            return examine(subject.but(nvme_path=own and str(own)), world, folder)
     except OSError as error:  # on every rank
         remedy = "make room and give permission there (TMPDIR names another place), or switch self_test off"
         raise UserError(Problem("self_test", f"could not write what it needs: {error}", remedy)) from None
     finally:
-        for each in own:
-            shutil.rmtree(each, ignore_errors=True)
+        if world.is_main:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _model(subject: Subject) -> str:
@@ -225,6 +223,7 @@ def test(config: TrainingConfig, rank: int = 0, ranks: int = 1) -> int:
     ds_config = deepspeed_config(config, derived, deepspeed_engine.accelerator())
     if problems := deepspeed_engine.unsupported_here(config, ds_config):
         raise UserError(problems)
+    operations.make_ready(ds_config, is_main=rank == 0)
     world = deepspeed_engine.start(rank, ranks)
     if world.is_main:
         print("\n".join(engine_lines(config, ds_config)), flush=True)

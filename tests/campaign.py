@@ -149,6 +149,8 @@ class Campaign:
         calls["unwritable_script"] = Call(
             "tests.topologies:unwritable_script", {"folder": str(self.root / launch / "unwritable_script")}
         )
+        if ranks == 2:
+            calls["swap_folders"] = Call("tests.engine_tasks:swap_folders", {"place": str(self.root / "nvme")})
         if ranks == 1:
             calls |= {f"rates{stage}": Call("tests.applied_rates:rates", {"stage": stage}) for stage in STAGES}
             settings = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import resource
 import tempfile
@@ -15,6 +17,7 @@ import torch.distributed as dist
 
 from dsllama.model import LLaMaTransformer
 from dsllama.training import engine as deepspeed_engine
+from dsllama.training import swap
 from dsllama.training.run import main as train
 from tests import exactness
 from tests.exactness import MOMENTS, State
@@ -99,6 +102,30 @@ def module_stack() -> list[int]:
         exactness.update(engine, number)
         lengths.append(len(parameter_offload.FWD_MODULE_STACK))
     return lengths
+
+
+def swap_folders(place: str) -> dict[str, Any]:
+    """A run's own folder for NVMe, beside one of a run that lives and one of a run that was killed."""
+    world = deepspeed_engine.start(*deepspeed_engine.world_from_environment())
+    root = Path(place)
+    dead, live = root / "dsllama-swap-dead", root / "dsllama-swap-live"
+    with contextlib.ExitStack() as held:
+        if world.is_main:
+            for folder in (dead, live):
+                folder.mkdir(parents=True)
+                (folder / ".lock").touch()
+                (folder / "moments.swp").write_bytes(b"x" * 2**20)
+            lock = held.enter_context((live / ".lock").open())
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        dist.barrier()
+        with swap.own_folder(root, world) as own:
+            assert own is not None
+            there = sorted(path.name for path in root.iterdir())
+            dist.barrier()
+        dist.barrier()
+        left = sorted(path.name for path in root.iterdir())
+        dist.barrier()
+    return {"own": own.name, "there": there, "left": left}
 
 
 def timeouts() -> list[float]:

@@ -1,10 +1,9 @@
 """Builds what DeepSpeed compiles at first use, for the tests that need it:  python -m tests.operations"""
 
 from dsllama.training.engine import accelerator, find_ninja
+from dsllama.training.operations import make_ready
 
 if __name__ == "__main__":
     accelerator()
     find_ninja()
-    from deepspeed.ops.op_builder import CPUAdamBuilder
-
-    CPUAdamBuilder().load(verbose=False)
+    make_ready({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, is_main=True)

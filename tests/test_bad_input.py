@@ -201,6 +201,10 @@ TRAINING: dict[str, tuple[Prepare, list[str]]] = {
         ["checkpoint_format", "portable"],
     ),
     "unknown format of checkpoints": (some(checkpoint_format="pickle"), ["--checkpoint_format", "portable"]),
+    "parameters on nvme in fp32": (
+        some(zero_stage=3, offload_params="nvme", nvme_path="/tmp", precision="fp32"),
+        ["offload_params = 'nvme'", "stores them as bf16", "--precision bf16"],
+    ),
     "nvme nowhere": (some(zero_stage=3, offload_optimizer="nvme"), ["nvme_path", "must name a folder"]),
     "vocabulary too small": (some(vocab_size=100), ["vocab_size", "smaller than the tokenizer's"]),
     "fp16 without a GPU": (some(precision="fp16"), ["precision", "needs a GPU"]),

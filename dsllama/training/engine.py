@@ -32,6 +32,7 @@ from dsllama.machine import missing_compiler, unusable_gpu
 from dsllama.model import IGNORE_INDEX
 from dsllama.optimizer import parameter_groups, settings_of
 from dsllama.scheduler import DEEPSPEED_NAME, Scheduler
+from dsllama.training import operations
 
 Json = dict[str, Any]
 TAG = "engine"
@@ -79,25 +80,36 @@ def world_from_environment() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+def local_rank() -> int:
+    """This process's number on its host."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def local_size() -> int:
+    """Processes on this host, as DeepSpeed's launcher or torchrun says; 1 without either."""
+    return int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def start(rank: int, world_size: int) -> World:
     """Join the process group and settle this process's device and threads. Raises UserError where the port is taken."""
     _quieten()
     import deepspeed
 
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    number = local_rank()
     if "RANK" not in os.environ:  # plain `python launch/train.py`: a world of one, on a free port
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
     on_gpu = accelerator() == "cuda"
     if on_gpu:
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(number)
         # TF32 where a matrix product is still fp32: the optimizer's precision is not touched by it.
         torch.backends.cuda.matmul.allow_tf32 = True
     else:
-        _share_cores(local_rank)
+        _share_cores(number)
         _keep_freed_memory()
         # Shared-memory all-reduce would be compiled at every first start (40 s) and is no faster than gloo.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     _set_default_timeout()
+    operations.settle()
     # Without it, DeepSpeed's own default of 10 minutes, bound when it was imported: a slow save by rank 0 ends the job.
     try:
         deepspeed.init_distributed(
@@ -109,8 +121,8 @@ def start(rank: int, world_size: int) -> World:
         rule = f"{os.environ.get('MASTER_PORT')} is taken, by another run perhaps"
         remedy = f"give the launcher another one, such as --master_port {free_port()}"
         raise UserError(Problem("the port", rule, remedy)) from None
-    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
-    return World(rank, local_rank, world_size, device)
+    device = torch.device("cuda", number) if on_gpu else torch.device("cpu")
+    return World(rank, number, world_size, device)
 
 
 def accelerator() -> str:
@@ -133,7 +145,7 @@ def unsupported_here(config: TrainingConfig, ds_config: Json) -> list[Problem]:
         problems.append(Problem("precision", "fp16 needs a GPU", "use bf16 or fp32", "fp16"))
     if config.precision == "bf16" and not on_cpu and not torch.cuda.is_bf16_supported(including_emulation=False):
         problems.append(Problem("precision", "this GPU has no bf16", "use fp16", "bf16"))
-    if not on_cpu and int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
+    if not on_cpu and local_rank() >= torch.cuda.device_count():
         rule = f"is more than the {torch.cuda.device_count()} GPUs of this host"
         problems.append(Problem("ranks", rule, "use --num_gpus with the number of GPUs"))
     if _fell_back and (unusable := unusable_gpu()):
@@ -157,6 +169,12 @@ def unsupported_here(config: TrainingConfig, ds_config: Json) -> list[Problem]:
     if "nvme" in devices and config.checkpoint_format == "deepspeed":
         rule = "deepspeed would not bring back the state of a run that offloads to nvme: DeepSpeed's load leaves it out"
         problems.append(Problem("checkpoint_format", rule, "use checkpoint_format portable"))
+    if "nvme" in devices and not on_cpu:
+        from torch.utils.cpp_extension import CUDA_HOME
+
+        if CUDA_HOME is None:
+            rule = "to nvme compiles against CUDA's headers, and no CUDA toolkit can be found"
+            problems.append(Problem("offload", rule, "install it and set CUDA_HOME, or offload to cpu"))
     if "nvme" in devices:
         from deepspeed.ops.op_builder import AsyncIOBuilder
 
@@ -389,13 +407,13 @@ def _import_muon_uncompiled() -> None:
         compiler.compile = decorate
 
 
-def _share_cores(local_rank: int) -> None:
+def _share_cores(number: int) -> None:
     """Give each rank of this host its own cores; without it every rank computes on all of them at once."""
-    ranks = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    ranks = local_size()
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     if ranks > 1 and len(cores) >= ranks:
         share = len(cores) // ranks
-        mine = cores[local_rank * share : (local_rank + 1) * share]
+        mine = cores[number * share : (number + 1) * share]
         os.sched_setaffinity(0, mine)
         torch.set_num_threads(share)
     elif ranks > 1:

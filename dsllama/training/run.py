@@ -45,7 +45,7 @@ _LET_MAIN_SPEAK_SECONDS = 6.0
 
 def main(argv: Sequence[str]) -> int:
     """Train as the command line says; returns the exit code (0, 1 failed, 2 a mistake, 75 stopped and saved)."""
-    from dsllama.training import engine
+    from dsllama.training import engine, operations
 
     console.settle()
     rank, world_size = engine.world_from_environment()
@@ -55,6 +55,7 @@ def main(argv: Sequence[str]) -> int:
     holds: dict[str, Hold] = {}
     try:
         job = prepare(_parse(argv), rank, world_size, holds)
+        operations.make_ready(job.ds_config, is_main=rank == 0)
         return _train(job, rank, world_size, holds.get("ckpt_dir"))
     except UserError as error:
         # The same on every rank, or, where data turn out bad on the way, of the one that reads them.
@@ -78,7 +79,7 @@ def _take(config: TrainingConfig, holds: dict[str, Hold], problems: list[Problem
 def _train(job: Job, rank: int, world_size: int, ckpt_dir: Hold | None) -> int:
     # Only now: torch's distributed and DeepSpeed's engine take seconds to import.
     from dsllama import selftest
-    from dsllama.training import engine
+    from dsllama.training import engine, swap
     from dsllama.training.stopping import StopRequest
     from dsllama.training.trainer import Trainer, TrainingFailed
 
@@ -104,13 +105,14 @@ def _train(job: Job, rank: int, world_size: int, ckpt_dir: Hold | None) -> int:
     if verdict["result"] == "failed":
         return complain("", rank, EXIT_FAILED)
     job = dataclasses.replace(job, self_test=verdict)
-    try:
-        trainer = Trainer(job, world, stop, ckpt_dir)
-        world.ask_main(lambda: _make_notes(job))
-        stopped_by = trainer.run()
-    except TrainingFailed as error:
-        # Every rank has come to the same, so one says it.
-        return complain(f"training stopped: {error}" if world.is_main else "", rank, EXIT_FAILED)
+    with swap.own_folder(swap.place_of(job.ds_config), world) as folder:
+        try:
+            trainer = Trainer(job, world, stop, ckpt_dir, swap.placed(job.ds_config, folder))
+            world.ask_main(lambda: _make_notes(job))
+            stopped_by = trainer.run()
+        except TrainingFailed as error:
+            # Every rank has come to the same, so one says it.
+            return complain(f"training stopped: {error}" if world.is_main else "", rank, EXIT_FAILED)
     return EXIT_STOPPED if stopped_by else 0
 
 
@@ -179,7 +181,7 @@ def prepare(config: TrainingConfig, rank: int, world_size: int, holds: dict[str,
     from dsllama.derived import DEFAULT_VOCABULARY, derive
     from dsllama.model import vocabulary
     from dsllama.training import checkpoint as checkpoints
-    from dsllama.training import engine, saving
+    from dsllama.training import engine, saving, swap
     from dsllama.training.trainer import Job, parallel_layout
 
     problems: list[Problem] = []
@@ -205,6 +207,8 @@ def prepare(config: TrainingConfig, rank: int, world_size: int, holds: dict[str,
         derived = derive(config, world_size, vocab_size)
         ds_json = deepspeed_config(config, derived, engine.accelerator())
         problems += engine.unsupported_here(config, ds_json)
+        if engine.local_rank() == 0:
+            problems += swap.problems(ds_json, derived.parameters, engine.local_size() / world_size)
         needed = saving.expected_bytes(derived.parameters, config.checkpoint_format)
         if lacking := saving.space_problem(Path(config.ckpt_dir), needed):
             problems.append(Problem("ckpt_dir", lacking, "free some space, or give another place", config.ckpt_dir))
@@ -229,7 +233,7 @@ def _open_data(
     config: TrainingConfig, rank: int, world_size: int, vocab_size: int | None
 ) -> tuple[DatasetLoader, DatasetLoader | None]:
     """The loader of the training part, and of the held-out part where there is one."""
-    from dsllama.training.engine import accelerator
+    from dsllama.training.engine import accelerator, local_rank
 
     opened = functools.partial(
         DatasetLoader,
@@ -238,7 +242,7 @@ def _open_data(
         rank,
         world_size,
         TokenStream(config.dataset_dir, vocab_size),
-        f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if accelerator() == "cuda" else "cpu",
+        f"cuda:{local_rank()}" if accelerator() == "cuda" else "cpu",
         seed=config.seed,
         validation_tokens=config.validation_tokens,
     )

@@ -101,13 +101,20 @@ class Streak:
 class Trainer:
     """One rank's part of a run."""
 
-    def __init__(self, job: Job, world: World, stop: StopRequest, hold: Hold | None = None) -> None:
-        """hold: the first rank's, on ckpt_dir."""
+    def __init__(
+        self,
+        job: Job,
+        world: World,
+        stop: StopRequest,
+        hold: Hold | None = None,
+        ds_config: dict[str, Any] | None = None,
+    ) -> None:
+        """hold: the first rank's, on ckpt_dir. ds_config: what the engine is built from, if not the job's."""
         self.job, self.world, self.stop, self.hold = job, world, stop, hold
         self.config, self.derived, self.loader = job.config, job.derived, job.loader
         checkpoints.seed_everything(self.config.seed)
         self.engine, self.scheduler = deepspeed_engine.build(
-            lambda: LLaMaTransformer(self.config, job.tokenizer, device=world.device), job.ds_config
+            lambda: LLaMaTransformer(self.config, job.tokenizer, device=world.device), ds_config or job.ds_config
         )
         if self.config.enable_compilation:
             self.engine.compile()
