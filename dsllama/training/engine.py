@@ -99,12 +99,12 @@ def start(rank: int, world_size: int) -> World:
     if "RANK" not in os.environ:  # plain `python launch/train.py`: a world of one, on a free port
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
     on_gpu = accelerator() == "cuda"
+    _share_cores(number, bind=not on_gpu)
     if on_gpu:
         torch.cuda.set_device(number)
         # TF32 where a matrix product is still fp32: the optimizer's precision is not touched by it.
         torch.backends.cuda.matmul.allow_tf32 = True
     else:
-        _share_cores(number)
         _keep_freed_memory()
         # Shared-memory all-reduce would be compiled at every first start (40 s) and is no faster than gloo.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -407,14 +407,16 @@ def _import_muon_uncompiled() -> None:
         compiler.compile = decorate
 
 
-def _share_cores(number: int) -> None:
-    """Give each rank of this host its own cores; without it every rank computes on all of them at once."""
+def _share_cores(number: int, bind: bool) -> None:
+    """Give each rank of this host its own cores, or as many threads as its share; without it every rank computes on all
+    of them at once: on a GPU, DeepSpeedCPUAdam does."""
     ranks = local_size()
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     if ranks > 1 and len(cores) >= ranks:
         share = len(cores) // ranks
         mine = cores[number * share : (number + 1) * share]
-        os.sched_setaffinity(0, mine)
+        if bind:
+            os.sched_setaffinity(0, mine)
         torch.set_num_threads(share)
     elif ranks > 1:
         torch.set_num_threads(1)
