@@ -44,7 +44,9 @@ def _parse_stage(value: Any) -> Any:
 
 
 def _parse_switch(value: Any) -> Any:
-    return ("auto" if value else "off") if isinstance(value, bool) else _in_small_letters(value)  # YAML's on and off
+    value = str(value) if isinstance(value, bool) else value  # YAML's on and off
+    word = _in_small_letters(value)
+    return {"true": "auto", "on": "auto", "false": "off"}.get(word, word) if isinstance(word, str) else word
 
 
 _Word = BeforeValidator(_in_small_letters)

@@ -8,7 +8,12 @@ from typing import Any
 
 import pytest
 
+from dsllama import selftest
 from dsllama.checkpoint.catalog import open_checkpoint
+from dsllama.config import load_config
+from dsllama.deepspeed_config import deepspeed_config
+from dsllama.derived import derive
+from dsllama.training.reduced import reduced
 from tests.conftest import Run, TinyData
 from tests.launches import Call, Launch
 
@@ -40,6 +45,13 @@ QUIET: dict[str, Json] = {
     },
     "fp32, stage 3, tied, grouped": {"zero_stage": 3, "tie_embeddings": True, "n_kv_heads": 2},
     "fp16, stage 2": {"zero_stage": 2, "precision": "fp16"},
+    "one position, whose queries have no gradient; one rate": {
+        "zero_stage": 3, "max_seq_len": 1, "tokens_per_update": 16, "training_tokens": 320,
+        "max_lr": 2e-4, "min_lr": 2e-4,
+    },
+    "offload, whose Adam rounds slow decays": {
+        "zero_stage": 2, "offload_optimizer": "cpu", "beta1": 0.999, "beta2": 0.9999,
+    },
     "DeepSpeed's own files": {"zero_stage": 2, "checkpoint_format": "deepspeed"},
 }  # fmt: skip
 # So that the search for what is to blame is a short one.
@@ -137,6 +149,36 @@ def test_a_run_whose_engine_is_wrong_does_not_begin(launch: Launch, runs: dict[s
     assert "self-test    FAILED" in faulty.said and "gradient norm" in faulty.said
     assert "it passes without gradient accumulation" in faulty.said
     assert not list((runs["faulty"].folder / "checkpoints").glob("update_*"))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"result": "failed", "failed": []}', '{"key": "k"}'])
+def test_what_is_kept_and_damaged_is_tested_again(
+    content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "dsllama" / "selftest").mkdir(parents=True)
+    (tmp_path / "dsllama" / "selftest" / "k.json").write_text(content)
+    assert selftest._kept("k") is None
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("file", ["125M", "350M", "1.3B", "7B"])
+def test_a_reduced_run_is_one_that_deepspeed_accepts(file: str, stage: int) -> None:
+    changes = {"zero_stage": stage, "tokens_per_update": 2**19}
+    config = load_config(f"configs/{file}.yaml", changes)
+    for vocabulary in (8192, 32000, 50257):
+        derived = derive(config, 8, vocabulary)
+        small = reduced(config, derived, deepspeed_config(config, derived, "cpu"))
+        zero = small.json["zero_optimization"]
+        assert zero["allgather_bucket_size"] % 2 == 0  # it refuses odd ones
+        assert small.derived.parameters < 4e6
+        assert zero["reduce_bucket_size"] * derived.parameters <= 200_000_000 * small.derived.parameters
+
+
+def test_what_rounds_by_design_or_cannot_be_built_twice_is_not_tested() -> None:
+    for key, value in {"zero_quantized_gradients": True, "zero_hpz_partition_size": 2}.items():
+        assert "self-test    none" in selftest.untestable({"zero_optimization": {"stage": 3, key: value}})
+    assert selftest.untestable({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 1}}) == ""
 
 
 # ---------------------------------------------------------------- all of it

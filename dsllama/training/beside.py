@@ -7,8 +7,9 @@ so (norm of the difference / norm) stays near sqrt(n) 2**-24, 1e-7 to 1e-6; ever
 moves some part by 1e-3 or more. The limit, 1e-5, lies in the middle of the two. Beside it:
 
     weights      follow from the engine's moments; what counts is their change, so the weight's own rounding comes on
-                 top, 2**-19 of it
-    reduction    in bf16 or fp16 (communication_data_type): each gradient is rounded once or twice, 2**-9 or 2**-12
+                 top, 2**-19 of it; DeepSpeedCPUAdam's bias correction loses 2**-24 / (1 - beta)
+    reduction    in bf16 or fp16 (communication_data_type): each gradient is rounded once or twice, by 2**-9, or flushed
+    nothing      a part whose true gradient is nothing has roundings of the others', 2**-28 of the whole norm
     compilation  keeps in fp32 what the model rounds between its operations, and sums in another order: a gradient
                  differs as its last bits do. Only the last update is compiled; the others hold the limit above
     a device     that computes the same gradient twice and gets two, gets ten times that difference
@@ -46,7 +47,8 @@ _UPDATES = 3
 # An fp16 run begins with a search for its loss scale, in updates that are skipped.
 _MOST_SKIPPED = 40
 _LIMIT, _OF_A_WEIGHT, _NOISES = 1e-5, 2.0**-19, 10
-_REDUCED_IN = {"bf16": 2.0**-5, "bfp16": 2.0**-5, "fp16": 2.0**-8}
+_OF_NOTHING, _SMALLEST = 2.0**-28, 2.0**-126  # the latter is fp32's
+_REDUCED_IN = {"bf16": 2.0**-5, "bfp16": 2.0**-5, "fp16": 2.0**-5}
 # Of loss and norm, which are means of many roundings, and of a tensor.
 _COMPILED = {"fp32": (1e-4, 1e-4), "bf16": (2.0**-7, 2.0**-3), "fp16": (2.0**-10, 2.0**-6)}
 _PARTS = {"embed_tokens": "embedding", "self_attn": "attention", "mlp": "feed-forward", "norm": "norms"}
@@ -167,21 +169,28 @@ class _Engine:
         dist.all_reduce(sums)
         expected, found = plain.update(before, number, scale), states.whole(self.engine)
         limit, of_tensors = self._limits(compiled)
+        of_weights = _LIMIT
+        if self.subject.config.offload_optimizer != "none":  # its bias correction, 1 - beta**step, is fp32 too
+            of_weights += _NOISES * 2.0**-24 / (1 - max(self.subject.config.beta1, self.subject.config.beta2))
         self._compare(number, "loss", expected.loss, float(sums[0]) / plain.micro_steps / ranks, limit)
         self._compare(number, "updates applied", expected.applied, self.engine.skipped_steps == skipped, 0.0)
         if expected.applied:
             given = max(self.rates, key=lambda each: abs(each - rate), default=math.nan)
             self._compare(number, "gradient norm", expected.norm, math.nan if norm is None else norm, limit)
             self._compare(number, "learning rate", rate, given, 1e-9)
+        config = self.subject.config
+        # Where a part's true gradient is nothing, what there is of it is roundings of all the others'.
+        noise = _OF_NOTHING * min(expected.norm, config.gradient_clipping or math.inf)
         for (name, kind), moment in expected.moments.items():
             power = 2 if kind == "exp_avg_sq" else 1  # of the gradient, whose relative error it multiplies
-            self._compare_tensor(number, kind, name, moment, found[name, kind], power * of_tensors)
+            floor = noise**power + _SMALLEST
+            self._compare_tensor(number, kind, name, moment, found[name, kind], power * of_tensors, floor)
         for name, old in ((name, tensor.double()) for (name, kind), tensor in before.items() if kind == "weight"):
             new, (average, square) = old, (found[name, kind] for kind in MOMENTS)
             if expected.applied:
                 new = plain.weight(old, average, square, applied + 1, rate)
             change, rounding = found[name, "weight"].double() - old, _OF_A_WEIGHT * float(new.norm())
-            self._compare_tensor(number, "weight's change", name, new - old, change, _LIMIT, rounding)
+            self._compare_tensor(number, "weight's change", name, new - old, change, of_weights, rounding)
         self._compare_copy_and_step(number, found, applied + expected.applied)
         return expected.applied
 

@@ -210,9 +210,9 @@ def build(model_factory: Callable[[], torch.nn.Module], ds_config: Json) -> tupl
     setattr(lr_schedules, DEEPSPEED_NAME, scheduler)
     _import_muon_uncompiled()
     partitioned = ds_config["zero_optimization"]["stage"] == 3
-    with deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=partitioned):
-        model = model_factory()
     try:
+        with deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=partitioned):
+            model = model_factory()
         engine, *_ = deepspeed.initialize(model=model, model_parameters=parameter_groups(model), config=ds_config)
     except (AssertionError, ValueError, NotImplementedError) as error:
         place = traceback.extract_tb(error.__traceback__)[-1]

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dsllama.checkpoint.fragments import KINDS
+from dsllama.checkpoint.fragments import KINDS, MOMENTS
 from dsllama.checkpoint.state import State
 from dsllama.config import TrainingConfig
 from dsllama.model import LLaMaTransformer
@@ -44,6 +44,9 @@ class PlainLoop:
         eager = config.model_copy(update={"activation_checkpointing": False})
         model = LLaMaTransformer(eager, None, device=world.device)
         self.dtype = DTYPES[config.precision]
+        # DeepSpeedCPUAdam computes with the decays in fp32.
+        rounded = config.offload_optimizer not in (None, "none")
+        self.decays = tuple(float(torch.tensor(b)) if rounded else b for b in (config.beta1, config.beta2))
         self.initial: State = {}
         for name, weight in model.named_parameters():
             self.initial[name, "weight"] = weight.detach().to(self.dtype).double().view(-1)
@@ -102,7 +105,7 @@ class PlainLoop:
         moments: State = {}
         for name, gradient in zip(sums, gradients, strict=True):
             gradient = gradient * clip
-            for kind, decay, term in (("exp_avg", config.beta1, gradient), ("exp_avg_sq", config.beta2, gradient**2)):
+            for kind, decay, term in zip(MOMENTS, self.decays, (gradient, gradient**2), strict=True):
                 moments[name, kind] = decay * before[name, kind].double() + (1 - decay) * term
         return After(float(losses), norm, moments, applied=True)
 
@@ -113,5 +116,6 @@ class PlainLoop:
         that weights would tell of roundings what moments tell of the gradient.
         """
         config, old, average, square = self.config, old.double(), average.double(), square.double()
-        denominator = (square / (1 - config.beta2**step)).sqrt() + config.adam_eps
-        return old * (1 - rate * config.weight_decay) - rate * average / (1 - config.beta1**step) / denominator
+        first, second = (1 - decay**step for decay in self.decays)
+        denominator = (square / second).sqrt() + config.adam_eps
+        return old * (1 - rate * config.weight_decay) - rate * average / first / denominator

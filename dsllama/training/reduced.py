@@ -120,7 +120,7 @@ def reduced(config: TrainingConfig, derived: Derived, ds_config: Json) -> Subjec
             "batch_size": min(config.batch_size, _SEQUENCES),
             "dropout": 0.0,
             "max_lr": _RATE,
-            "min_lr": config.min_lr * _RATE / config.max_lr,
+            "min_lr": min(config.min_lr / config.max_lr, 1.0) * _RATE,
             "gradient_clipping": min(config.gradient_clipping, _CLIPPING),
             "zero_stage": zero["stage"],
             "offload_optimizer": optimizer.get("device", "none"),
@@ -130,8 +130,11 @@ def reduced(config: TrainingConfig, derived: Derived, ds_config: Json) -> Subjec
     )
     parameters, _ = parameter_count(small, min(derived.vocab_size, rows))
     sizes = _SIZES | (_SIZES_OF_STAGE_3 if zero["stage"] == 3 else {})
-    ratio = parameters / derived.parameters
-    shrunk: Json = {name: max(1, int(zero.get(name, default) * ratio)) for name, default in sizes.items()}
+    # Even ones: DeepSpeed asks that of allgather_bucket_size.
+    shrunk: Json = {
+        name: max(2, zero.get(name, default) * parameters // derived.parameters // 2 * 2)
+        for name, default in sizes.items()
+    }
     if zero["stage"] == 3:
         threshold = zero.get("stage3_param_persistence_threshold", 100_000)
         shrunk["stage3_param_persistence_threshold"] = int(threshold * (width / config.n_embd) ** 2)
