@@ -94,6 +94,13 @@ def _parser() -> Parser:
     sub = add("selftest", _selftest, "prove that a reduced model trains under these settings as plain PyTorch does")
     arguments.add_config_options(sub)
 
+    sub = add("offload", _offload, "measure each recipe of ds_configs/ here: memory, time by part, the largest model")
+    sub.add_argument("--recipes", type=_path, default=None, help="folder of overlays (default: ds_configs/)")
+    sub.add_argument("--updates", type=_count, default=2, help="updates to measure of each")
+    sub.add_argument("--device_memory", type=_count, default=None, help="bytes the GPU may take, such as 8G")
+    sub.add_argument("--out", type=_path, default=Path("offload"), help="folder for the chart and the JSON file")
+    arguments.add_config_options(sub)
+
     sub = add("plot-schedule", _plot_schedule, "draw the three learning-rate schedules")
     sub.add_argument("--out", dest="path", type=_path, default=Path("schedules.png"), help="PNG file to write")
     sub.add_argument("--overwrite", action="store_true", help="replace a file that is there")
@@ -227,6 +234,13 @@ def _selftest(**fields: Any) -> int:
     from dsllama.training.run import exit_process
 
     exit_process(selftest.test(arguments.config_from(argparse.Namespace(**fields))))
+
+
+def _offload(recipes: Path | None, updates: int, device_memory: int | None, out: Path, **fields: Any) -> int:
+    from dsllama import offload
+
+    config = arguments.config_from(argparse.Namespace(**fields))
+    return offload.sweep(config, recipes or offload.RECIPES, updates, device_memory, out)
 
 
 def _plot_schedule(**options: Any) -> int:

@@ -99,7 +99,7 @@ def deepspeed_config(config: TrainingConfig, derived: Derived, accelerator: str 
     bound = binding(config, derived, zero)
     asked = merge(bound, {"zero_optimization": {"stage": zero.asked_stage}})
     bound = merge(bound, _FIXED)
-    recommended = _recommended(derived, zero, accelerator)
+    recommended = _recommended(config, derived, zero, accelerator)
     problems += list(_contradictions(asked, merge(recommended, bound), overlay, config))
     if problems:
         raise UserError(problems, "the DeepSpeed configuration is wrong")
@@ -164,17 +164,23 @@ _FIXED_BECAUSE = {
 }
 
 
-def _recommended(derived: Derived, zero: ZeroSettings, accelerator: str) -> Json:
+def _recommended(config: TrainingConfig, derived: Derived, zero: ZeroSettings, accelerator: str) -> Json:
     bucket = min(_LARGEST_BUCKET, derived.parameters)
     zero_json: Json = {
         "contiguous_gradients": True,
-        "overlap_comm": accelerator != "cpu" and zero.stage >= 2,
+        # At stage 2 a single rank has nothing to overlap, and would pay a second bucket for it.
+        "overlap_comm": accelerator != "cpu" and (zero.stage == 3 or (zero.stage == 2 and derived.world_size > 1)),
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
     }
     for name, device in (("offload_optimizer", zero.offload_optimizer), ("offload_param", zero.offload_params)):
         if device != "none":
             zero_json[name] = {"pin_memory": accelerator != "cpu"}
+    if zero.offload_params == "nvme":
+        # Each buffer takes any rank's part of the largest parameter. DeepSpeed's own default is too small for a 7B
+        # model, and takes 1 GB for the smallest.
+        part = -(-max(derived.vocab_size, derived.ffn_hidden) * config.n_embd // derived.world_size)
+        zero_json["offload_param"]["buffer_size"] = max(part, 2**20)
     return {
         # Left out, DeepSpeed sums gradients over the ranks in the model's type: each rounded to bf16, at every stage,
         # and at ZeRO-1 on a single rank too, whatever type they were accumulated in.

@@ -84,6 +84,13 @@ def memory_limit() -> float:
     return math.inf
 
 
+def available_memory() -> float:
+    """Bytes of this host's memory that this process can still get."""
+    import psutil
+
+    return min(float(psutil.virtual_memory().available), memory_limit())
+
+
 def versions() -> dict[str, str]:
     """Versions of what can change a run's numbers."""
     found = {"python": platform.python_version()}

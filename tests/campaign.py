@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,11 @@ EVERY_STAGE: dict[str, dict[str, Any]] = {
 OWN_FILES = {
     f"{name}_own_files": {**EVERY_STAGE[name], "checkpoint_format": "deepspeed"}
     for name in ("bf16_stage1", "bf16_stage2", "fp32_stage3")
+}
+# Ready overlays for small GPUs, each beside the same stage without offload; and a switch to the next one at a resume.
+RECIPES = {
+    name: {"precision": "bf16", "deepspeed_overlay": f"ds_configs/{name}.json", **_SHORT}
+    for name in ("zero2_cpu_offload", "zero3_cpu_optimizer", "zero3_cpu_offload")
 }
 _LONGER = {"training_tokens": 24 * 256}
 _ONE_CHECKPOINT = {"token_ckpt": "1G"}  # the last one
@@ -72,6 +77,7 @@ ON_TWO_RANKS: dict[str, dict[str, Any] | Call] = {
     "full_disk_stops": {"zero_stage": 3, "on_failed_save": "stop"},
     "full_disk_own_files": {"zero_stage": 1, "checkpoint_format": "deepspeed"},
     "room": Call("tests.engine_tasks:limit_files"),
+    **RECIPES,
 }
 # How fp32_stage0 on one rank goes on, on two.
 MOVED = {"zero_stage": 3, "batch_size": 1}
@@ -118,6 +124,9 @@ class Campaign:
                 whole.append(self.launches["fp32_stage0", 1])
                 resumed |= {"fallen_back": {**EVERY_STAGE["fp32_stage2"], "load_ckpt": "auto", **_LONGER}}
                 places = {"source": self.runs["fp32_stage2", 2].folder, "target": self.root / "resumed_2/fallen_back"}
+                for name, before in switches(RECIPES):
+                    source = self.runs[before, 2].checkpoint(HALF // 2)
+                    resumed |= {f"{name}_after_{before}": {**RECIPES[name], "load_ckpt": source}}
                 calls["damage"] = Call("tests.campaign:damage", {name: str(place) for name, place in places.items()})
                 resumed |= {
                     f"begun_with_{name}": {**BEGUN, "init_from": self.runs[name, 2].folder / "checkpoints"}
@@ -195,6 +204,12 @@ class Campaign:
         launch = Launch(folder, ranks, work, after)
         self.launches |= {(piece, ranks): launch for piece in work}
         return launch
+
+
+def switches(names: Iterable[str]) -> list[tuple[str, str]]:
+    """(recipe, recipe whose checkpoint it goes on from): each in turn, the first after the last."""
+    names = list(names)
+    return list(zip(names, [names[-1], *names[:-1]], strict=True))
 
 
 def halfway(name: str) -> int:

@@ -11,6 +11,7 @@ import fcntl
 import functools
 import hashlib
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -18,8 +19,11 @@ from typing import Any
 
 from dsllama.errors import Problem, UserError
 from dsllama.machine import versions
+from dsllama.sizes import readable_bytes
 
 Json = dict[str, Any]
+# What this process has read and written below nvme_path, in bytes, and how long it has waited for that.
+moved = {"read": 0, "written": 0, "seconds": 0.0}
 _EXPECTED = {"cpu_adam": "about a minute", "async_io": "3 to 6 minutes"}
 
 
@@ -71,9 +75,57 @@ def make_ready(ds_config: Json, is_main: bool) -> None:
                 (place / name / "lock").unlink(missing_ok=True)
         for name in names:
             try:
-                builders[name]().load(verbose=False)
+                module = builders[name]().load(verbose=False)
             except RuntimeError as error:
                 rule = f"needs DeepSpeed's {name}, which does not compile here: {' '.join(str(error).split())[-500:]}"
                 raise UserError(Problem("offload", rule, "mend that, or switch offload off")) from None
+            if name == "async_io" and not hasattr(module, "unguarded"):
+                module.unguarded, module.aio_handle = module.aio_handle, _guarded(module.aio_handle)
     if missing and is_main:
         print(f"compiled     in {time.monotonic() - began:.0f} s", flush=True)
+
+
+def _guarded(handle: Any) -> Any:
+    """DeepSpeed's class of handles for asynchronous files, made to raise UserError where a disk is full or a file lost.
+
+    Its own does not look at what a write came to, so a disk that fills would leave zeros for weights: a file's whole
+    room is taken before it is written for the first time.
+    """
+    taken: dict[str, int] = {}
+
+    class Guarded(handle):
+        def async_pwrite(self, buffer: Any, path: str, offset: int = 0) -> int:
+            size = offset + buffer.nbytes
+            if taken.get(path, 0) < size:
+                try:
+                    descriptor = os.open(path, os.O_CREAT | os.O_WRONLY, 0o600)
+                    try:
+                        os.posix_fallocate(descriptor, 0, size)
+                    finally:
+                        os.close(descriptor)
+                except OSError as error:
+                    raise _failed(path, f"took no {readable_bytes(size)} more ({error.strerror})") from None
+                taken[path] = size
+            moved["written"] += buffer.nbytes
+            if super().async_pwrite(buffer, path, offset) != 0:
+                raise _failed(path, "could not be written to")
+            return 0
+
+        def async_pread(self, buffer: Any, path: str, offset: int = 0) -> int:
+            moved["read"] += buffer.nbytes
+            if super().async_pread(buffer, path, offset) != 0:
+                raise _failed(path, "does not give back what was written to it")
+            return 0
+
+        def wait(self) -> int:
+            began = time.perf_counter()
+            done: int = super().wait()
+            moved["seconds"] += time.perf_counter() - began
+            return done
+
+    return Guarded
+
+
+def _failed(path: str, what: str) -> UserError:
+    remedy = "mend that; the same command goes on from the newest checkpoint, which does not lie there"
+    return UserError(Problem("nvme_path", f"{what} on {socket.gethostname()}", remedy, path), "the training stopped")

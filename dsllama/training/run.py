@@ -107,6 +107,9 @@ def _train(job: Job, rank: int, world_size: int, ckpt_dir: Hold | None) -> int:
     job = dataclasses.replace(job, self_test=verdict)
     with swap.own_folder(swap.place_of(job.ds_config), world) as folder:
         try:
+            if folder and world.local_rank == 0:
+                share = engine.local_size() / world_size
+                print(swap.pace(folder, swap.traffic(job.ds_config, job.derived.parameters, share)), flush=True)
             trainer = Trainer(job, world, stop, ckpt_dir, swap.placed(job.ds_config, folder))
             world.ask_main(lambda: _make_notes(job))
             stopped_by = trainer.run()

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import errno
 import fcntl
+import mmap
 import os
 import shutil
 import socket
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +30,10 @@ Json = dict[str, Any]
 _PREFIX, _LOCK = "dsllama-swap-", ".lock"
 # Bytes for each parameter of this host's ranks, measured: fp32 weights and two moments; low-precision weights.
 _BYTES = {"offload_optimizer": 12, "offload_param": 2}
+# Linux's only; DeepSpeed reads and writes past the page cache.
+_DIRECT = getattr(os, "O_DIRECT", 0)
+_IN_MEMORY = ("tmpfs", "ramfs")
+_SLOW_BYTES_PER_SECOND, _MEASURED_BYTES, _BLOCK = 1e9, 2**26, 2**22
 
 
 def place_of(ds_config: Json) -> Path | None:
@@ -57,15 +64,71 @@ def problems(ds_config: Json, parameters: int, share: float) -> list[Problem]:
         place.mkdir(parents=True, exist_ok=True)
         probe = place / f".{_PREFIX}{uuid.uuid4().hex}"
         probe.touch()
-        probe.unlink()
+        try:
+            os.close(os.open(probe, os.O_RDWR | _DIRECT))
+        finally:
+            probe.unlink()
         free = shutil.disk_usage(place).free + sum(size for _, size in _dead(place))
     except OSError as error:
-        rule = f"cannot be written to on {socket.gethostname()} ({error.strerror or error})"
+        why = "its file system has no O_DIRECT" if error.errno == errno.EINVAL else error.strerror or error
+        rule = f"cannot be written to on {socket.gethostname()} ({why})"
         return [Problem("nvme_path", rule, "give a folder on a local NVMe disk", str(place))]
     if free < needed:
         rule = f"has {readable_bytes(free)} free on {socket.gethostname()}, and this run swaps {readable_bytes(needed)}"
         return [Problem("nvme_path", rule, "free some space, or give another disk", str(place))]
     return []
+
+
+def traffic(ds_config: Json, parameters: int, share: float) -> tuple[float, float]:
+    """(bytes read, bytes written) below nvme_path in an update, by ranks with this share of all: the optimizer's states
+    once; weights in each forward and each backward pass."""
+    zero, both = ds_config["zero_optimization"], [0.0, 0.0]
+    passes = {"offload_optimizer": 1, "offload_param": 2 * ds_config["gradient_accumulation_steps"]}
+    for part, size in _BYTES.items():
+        if zero.get(part, {}).get("device") == "nvme":
+            both[0] += share * parameters * size * passes[part]
+            both[1] += share * parameters * size
+    return both[0], both[1]
+
+
+def pace(folder: Path, moved: tuple[float, float]) -> str:
+    """For people: how fast this host's disk is, and what moving so many bytes to and fro takes of each update.
+
+    Raises OSError.
+    """
+    block, file = mmap.mmap(-1, _BLOCK), folder / ".pace"
+    descriptor = os.open(file, os.O_CREAT | os.O_RDWR | _DIRECT, 0o600)
+    rates: list[float] = []
+    try:
+        for move in (os.preadv, os.pwritev)[::-1]:
+            began, done = time.perf_counter(), 0
+            while done < _MEASURED_BYTES and time.perf_counter() - began < 1:
+                done += move(descriptor, [block], done)
+            os.fsync(descriptor)
+            rates.insert(0, done / max(time.perf_counter() - began, 1e-9))
+    finally:
+        os.close(descriptor)
+        file.unlink()
+    seconds = sum(size / rate for size, rate in zip(moved, rates, strict=True))
+    read, write = (f"{readable_bytes(rate)}/s" for rate in rates)
+    lines = [
+        f"nvme_path    {folder.parent} on {socket.gethostname()}: reads {read}, writes {write}; an update reads "
+        f"{readable_bytes(moved[0])} and writes {readable_bytes(moved[1])}: {seconds:.1f} s of it at that rate"
+    ]
+    if (kind := _file_system(folder)) in _IN_MEMORY:
+        lines.append(f"             it is a {kind}, which is memory: offload to cpu takes no more, and is faster")
+    elif min(rates) < _SLOW_BYTES_PER_SECOND:
+        lines.append("             that is slow: local NVMe disks do 2 GB/s and more; is this one, and is it free?")
+    return "\n".join(lines)
+
+
+def _file_system(folder: Path) -> str:
+    """The kind of file system that a folder lies on; empty where the kernel does not say."""
+    with contextlib.suppress(OSError):
+        mounts = [line.split() for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines()]
+        above = [(len(where), kind) for _, where, kind, *_ in mounts if folder.resolve().is_relative_to(where)]
+        return max(above, default=(0, ""))[1]
+    return ""
 
 
 @contextlib.contextmanager

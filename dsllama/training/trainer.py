@@ -113,8 +113,12 @@ class Trainer:
         self.job, self.world, self.stop, self.hold = job, world, stop, hold
         self.config, self.derived, self.loader = job.config, job.derived, job.loader
         checkpoints.seed_everything(self.config.seed)
+        layout = job.parallel_layout
+        # DeepSpeed casts a model before it moves it. Where memory of the GPU is short, all of it in fp32 need not fit.
+        in_host = layout["zero_stage"] < 3 and layout["offload_optimizer"] != "none"
         self.engine, self.scheduler = deepspeed_engine.build(
-            lambda: LLaMaTransformer(self.config, job.tokenizer, device=world.device), ds_config or job.ds_config
+            lambda: LLaMaTransformer(self.config, job.tokenizer, device="cpu" if in_host else world.device),
+            ds_config or job.ds_config,
         )
         if self.config.enable_compilation:
             self.engine.compile()
