@@ -82,14 +82,24 @@ def needs(config: TrainingConfig, derived: Derived, ds_config: Json) -> Needs:
     return Needs(*found.values())
 
 
+def lacking(config: TrainingConfig, derived: Derived, ds_config: Json, ranks_here: int) -> list[Problem]:
+    """Whether this host has not the memory that offload takes: the kernel would end the run without a word."""
+    need, there = ranks_here * needs(config, derived, ds_config).host, available_memory()
+    if need <= there:
+        return []
+    rule = f"takes {readable_bytes(need)} of this host's memory, and {readable_bytes(there)} is available"
+    remedy = "offload to a local NVMe disk (ds_configs/zero3_nvme.json), or spread the model over more hosts"
+    return [Problem("offload", rule, remedy)]
+
+
 def _activations(config: TrainingConfig, derived: Derived, low: int) -> float:
     """Bytes kept for the backward pass of a micro-batch: in a block two norms' inputs and outputs, q, k, v, attention's
-    output twice, four of the feed-forward's width; logits with their fp32 copy and both gradients."""
+    output twice, four of the feed-forward's width; logits, their fp32 copy, and its logarithm of softmax."""
     width, tokens = config.n_embd, config.batch_size * config.max_seq_len
     kv_width = (config.n_kv_heads or config.n_heads) * derived.head_size
     block = low * (7 * width + 2 * kv_width + 4 * derived.ffn_hidden)
     blocks = config.n_layers * low * width + block if config.activation_checkpointing else config.n_layers * block
-    head = 2 * low * width + derived.vocab_size * (2 * low + (0 if low == 4 else 8))
+    head = 2 * low * width + derived.vocab_size * (8 if low == 4 else low + 8)
     return float(tokens * (blocks + head))
 
 

@@ -103,6 +103,8 @@ def _guarded(handle: Any) -> Any:
                         os.posix_fallocate(descriptor, 0, size)
                     finally:
                         os.close(descriptor)
+                except FileNotFoundError:
+                    raise _failed(path, "is gone, which it is where another rank has ended") from None
                 except OSError as error:
                     raise _failed(path, f"took no {readable_bytes(size)} more ({error.strerror})") from None
                 taken[path] = size

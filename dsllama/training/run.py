@@ -179,6 +179,7 @@ def prepare(config: TrainingConfig, rank: int, world_size: int, holds: dict[str,
 
     holds: where the first rank keeps what it takes for the run alone, by the names of fields.
     """
+    from dsllama import offload
     from dsllama.checkpoint.catalog import open_checkpoint
     from dsllama.deepspeed_config import deepspeed_config
     from dsllama.derived import DEFAULT_VOCABULARY, derive
@@ -212,6 +213,7 @@ def prepare(config: TrainingConfig, rank: int, world_size: int, holds: dict[str,
         problems += engine.unsupported_here(config, ds_json)
         if engine.local_rank() == 0:
             problems += swap.problems(ds_json, derived.parameters, engine.local_size() / world_size)
+            problems += offload.lacking(config, derived, ds_json, engine.local_size())
         needed = saving.expected_bytes(derived.parameters, config.checkpoint_format)
         if lacking := saving.space_problem(Path(config.ckpt_dir), needed):
             problems.append(Problem("ckpt_dir", lacking, "free some space, or give another place", config.ckpt_dir))

@@ -1,0 +1,88 @@
+"""`dsllama offload`: what a recipe takes, measured and by formula."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dsllama import cli, offload
+from dsllama.config import TrainingConfig
+from dsllama.deepspeed_config import deepspeed_config
+from dsllama.derived import derive
+from dsllama.model import LLaMaTransformer
+from tests.conftest import starts_processes
+
+SETTINGS: dict[str, Any] = {
+    "vocab_size": 4096, "n_embd": 256, "n_heads": 8, "n_layers": 4, "batch_size": 2, "max_seq_len": 128,
+    "tokens_per_update": 1024, "training_tokens": 102400, "warmup_iterations": 1,
+}  # fmt: skip
+
+
+def needs(world_size: int = 1, **fields: Any) -> tuple[offload.Needs, int]:
+    """Of a configuration, and its number of parameters."""
+    config = TrainingConfig(**{**SETTINGS, **fields})
+    derived = derive(config, world_size, 4096)
+    return offload.needs(config, derived, deepspeed_config(config, derived, "cuda")), derived.parameters
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kv_heads", [8, 2])
+def test_a_blocks_activations_are_what_autograd_saves(precision: str, kv_heads: int) -> None:
+    saved, formula = [], []
+    for layers in (2, 4):
+        fields = {"precision": precision, "n_kv_heads": kv_heads, "n_layers": layers}
+        model = LLaMaTransformer(TrainingConfig(**{**SETTINGS, **fields}), None)
+        model.to(torch.float32 if precision == "fp32" else torch.bfloat16)
+        own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        held: dict[int, torch.UntypedStorage] = {}
+
+        def pack(tensor: torch.Tensor, held: dict[int, torch.UntypedStorage] = held) -> torch.Tensor:
+            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        tokens = torch.randint(4096, (2, 128))
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(tokens, tokens)
+        saved.append(sum(storage.nbytes() for place, storage in held.items() if place not in own))
+        states = 22 if precision == "bf16" else 24  # with two buckets of all parameters
+        need, parameters = needs(**fields, zero_stage=2)
+        formula.append(need.device - states * parameters)
+    assert formula[1] - formula[0] == pytest.approx(saved[1] - saved[0], rel=0.1)
+
+
+def test_offload_moves_bytes_of_a_parameter_from_device_to_host_to_nvme(tmp_path: Path) -> None:
+    common = {"precision": "bf16", "nvme_path": str(tmp_path), "zero_stage": 3}
+    plain, parameters = needs(**common)
+    states, _ = needs(**common, offload_optimizer="cpu")
+    both, _ = needs(**common, offload_optimizer="cpu", offload_params="cpu")
+    swapped, _ = needs(**common, offload_optimizer="nvme", offload_params="cpu")
+    assert (plain.device - states.device) / parameters == pytest.approx(20)
+    assert (states.device - both.device) / parameters == pytest.approx(2)
+    assert both.host / parameters == pytest.approx(22)
+    assert swapped.nvme / parameters == pytest.approx(12) and both.nvme == 0
+
+
+@starts_processes
+def test_the_sweep_measures_a_recipe_and_says_why_another_came_to_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipes, config = tmp_path / "recipes", tmp_path / "config.json"
+    recipes.mkdir()
+    shutil.copy(offload.RECIPES / "zero2_cpu_offload.json", recipes)
+    shutil.copy(offload.RECIPES / "zero3_nvme.json", recipes)  # and no nvme_path
+    config.write_text(json.dumps({**SETTINGS, "tokenizer_path": str(tmp_path / "none.json")}), encoding="utf-8")
+    words = ["--config", str(config), "--recipes", str(recipes), "--updates", "1", "--out", str(tmp_path / "out")]
+    assert cli.main(["offload", *words]) == 0
+    said = capfd.readouterr().out
+    assert "zero3_nvme: nvme_path: must name a folder on the NVMe disk" in said
+    measured, failed = json.loads((tmp_path / "out" / "offload.json").read_text(encoding="utf-8"))
+    assert measured["recipe"] == "zero2_cpu_offload" and "error" in failed
+    assert sum(measured["parts"].values()) == pytest.approx(measured["seconds"])
+    assert 0 < measured["parts"]["cpu_adam"] < measured["seconds"]
+    assert measured["tokens_per_second"] == pytest.approx(1024 / measured["seconds"])
+    assert measured["memory"]["host"] > 0 and (tmp_path / "out" / "offload.png").stat().st_size > 10_000
