@@ -83,9 +83,12 @@ def is_explained(error: OSError) -> bool:
     return error.errno in _REMEDIES
 
 
-def of_system(error: OSError) -> Problem:
-    """Such an error as a problem."""
-    return Problem(str(error.filename), f"cannot be used ({error.strerror})", remedy_for(error))
+def of_system(
+    error: OSError, rule: str = "cannot be used", where: str = "", otherwise: str = "check the path", value: Any = None
+) -> Problem:
+    """Such an error as a problem; where it says no other, of the file that the system names."""
+    rule = f"{rule} ({error.strerror or error})"
+    return Problem(where or str(error.filename), rule, remedy_for(error, otherwise), value)
 
 
 _REMEDIES = {

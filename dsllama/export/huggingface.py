@@ -26,11 +26,11 @@ from torch import Tensor
 
 from dsllama.checkpoint.fragments import header, write_all
 from dsllama.data.tokenizer import Tokenizer
-from dsllama.errors import Problem, UserError, did_you_mean, remedy_for
+from dsllama.errors import Problem, UserError, did_you_mean, of_system
 from dsllama.files import write_atomically
 from dsllama.model import LLaMaTransformer, ffn_hidden_size
 
-DTYPES = ("float32", "bfloat16", "float16")
+_TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # torch's name: that of safetensors
 T = TypeVar("T")
 _HEAD = "lm_head.weight"
 _EMBEDDING = "embed_tokens.weight"
@@ -70,8 +70,8 @@ def export_huggingface(
     """
     out = Path(os.path.realpath(out))  # of a link, the folder that it names
     problems = []
-    if dtype not in DTYPES:
-        problems.append(Problem("--dtype", f"must be one of {', '.join(DTYPES)}", did_you_mean(dtype, DTYPES), dtype))
+    if dtype not in _TYPES:
+        problems.append(Problem("--dtype", f"must be one of {', '.join(_TYPES)}", did_you_mean(dtype, _TYPES), dtype))
     problems += _check_target(out, overwrite)
     if problems:
         raise UserError(problems, "cannot export")
@@ -84,14 +84,13 @@ def export_huggingface(
         with tempfile.TemporaryDirectory(prefix=".dsllama-", dir=place, ignore_cleanup_errors=True) as folder:
             aside = Path(folder) / out.name
             aside.mkdir()
-            _write_weights(aside, state, planned, ours)
+            _write_weights(aside, state, planned, ours, dtype)
             _write_json(aside / _CONFIG, _model_config(config, tokenizer, rows, dtype))
             _write_json(aside / "generation_config.json", _generation_config(tokenizer, rows))
             _write_tokenizer(aside, tokenizer, config.max_seq_len)
             _publish(aside, out)
     except OSError as error:
-        remedy = remedy_for(error, "give another folder")
-        problem = Problem("--out", f"cannot be written ({error.strerror or error})", remedy, str(out))
+        problem = of_system(error, "cannot be written", "--out", "give another folder", str(out))
         raise UserError(problem, "cannot export") from None
     return out
 
@@ -102,9 +101,8 @@ def _check_target(out: Path, overwrite: bool) -> list[Problem]:
     if not _exported(out):
         rule = f"exists already, and holds no export of dsllama's (by its {_RECORD}), so nothing in it is replaced"
         return [Problem("--out", rule, "use another name, or remove it yourself", str(out))]
-    if not overwrite:
-        return [Problem("--out", "exists already", "use --overwrite to replace it, or another name", str(out))]
-    return []
+    there = Problem("--out", "exists already", "use --overwrite to replace it, or another name", str(out))
+    return [] if overwrite else [there]
 
 
 def _exported(folder: Path) -> list[str]:
@@ -139,23 +137,20 @@ def _publish(aside: Path, out: Path) -> None:
 
 
 def _write_weights(
-    folder: Path, state: Mapping[str, Tensor], planned: Mapping[str, Tensor], ours: Mapping[str, str]
+    folder: Path, state: Mapping[str, Tensor], planned: Mapping[str, Tensor], ours: Mapping[str, str], dtype: str
 ) -> None:
     """Write the files one parameter at a time. planned: tensors without content. ours: their name -> our name."""
     split = split_torch_state_dict_into_shards({t: planned[o] for t, o in ours.items()}, max_shard_size=_SHARD_BYTES)
     for file, names in split.filename_to_tensors.items():
-        tensors = {name: (_TYPES[planned[ours[name]].dtype], tuple(planned[ours[name]].shape)) for name in names}
+        tensors = {name: (_TYPES[dtype], tuple(planned[ours[name]].shape)) for name in names}
         with (folder / file).open("wb", buffering=0) as opened:
             write_all(opened.fileno(), header(tensors, {"format": "pt"}))
             for name in names:
-                tensor = state[ours[name]].detach().to("cpu", planned[ours[name]].dtype).contiguous()
+                tensor = state[ours[name]].detach().to("cpu", getattr(torch, dtype)).contiguous()
                 write_all(opened.fileno(), memoryview(tensor.view(-1).view(torch.uint8).numpy()))
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         _write_json(folder / "model.safetensors.index.json", index)
-
-
-_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def _model_config(config: Any, tokenizer: Tokenizer, rows: int, dtype: str) -> dict[str, Any]:
