@@ -29,7 +29,7 @@ from dsllama.sizes import readable_duration
 _BEAT_SECONDS, _WATCH_SECONDS = 5.0, 30.0
 
 
-class Hold:
+class Hold(contextlib.AbstractContextManager["Hold", None]):
     """A lock file that this process holds until `release`, or its end."""
 
     def __init__(self, path: Path, descriptor: int) -> None:
@@ -45,9 +45,6 @@ class Hold:
         self._write(0)
         self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
         self._thread.start()
-
-    def __enter__(self) -> Hold:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.release()
@@ -99,7 +96,7 @@ def hold(path: Path, where: str, value: str, remedy: str) -> Hold:
     except OSError as error:
         raise UserError(of_system(error)) from None
     try:
-        owner, alive = _owner(path), False
+        owner = _owner(path)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -114,29 +111,23 @@ def hold(path: Path, where: str, value: str, remedy: str) -> Hold:
             raise UserError(Problem(where, rule, remedy, value or None))
         os.ftruncate(descriptor, 0)
         return Hold(path, descriptor)
-    except OSError as error:
+    except (OSError, UserError) as error:
         os.close(descriptor)
+        if isinstance(error, UserError):
+            raise
         raise UserError(of_system(error) if error.filename else Problem(where, str(error), remedy, value)) from None
-    except UserError:
-        os.close(descriptor)
-        raise
 
 
 def _still_counts(path: Path, owner: dict[str, Any]) -> bool:
     """Watch whether a lock file's owner counts up. Nobody else may be asked: it is another machine's."""
-    print(
-        f"{path} is held by {_described(owner)}; looking for {_WATCH_SECONDS:.0f} s whether that run still exists",
-        file=sys.stderr,
-        flush=True,
-    )
+    held = f"{path} is held by {_described(owner)}"
+    print(f"{held}; looking for {_WATCH_SECONDS:.0f} s whether that run still exists", file=sys.stderr, flush=True)
     end = time.monotonic() + _WATCH_SECONDS
     while time.monotonic() < end:
         time.sleep(0.5)
         now = _owner(path)
-        if now is None:
-            return False
-        if (now["token"], now["count"]) != (owner["token"], owner["count"]):
-            return True
+        if now is None or (now["token"], now["count"]) != (owner["token"], owner["count"]):
+            return now is not None
     return False
 
 
