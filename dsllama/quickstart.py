@@ -231,10 +231,7 @@ def _make_data(folder: Path, config: TrainingConfig) -> None:
         tokenizer = train_tokenizer([folder / "corpus"], tokenizer_path)
         _say(f"tokenizer    {tokenizer_path}: {tokenizer.vocab_size:,} tokens, byte-level BPE")
     manifest = encode([folder / "corpus"], tokenizer_path, Path(config.dataset_dir), shard_tokens=1_000_000)
-    _say(
-        f"shards       {config.dataset_dir}: {manifest.tokens:,} tokens of {manifest.documents:,} documents in "
-        f"{len(manifest.shards)} shards"
-    )
+    _say(f"shards       {config.dataset_dir}: {manifest.summary()}")
 
 
 def _set_aside(folder: Path) -> None:

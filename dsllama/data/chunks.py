@@ -13,6 +13,7 @@ import codecs
 import io
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 CHUNK_CHARACTERS = 2**20
@@ -29,10 +30,7 @@ _CHUNK_BYTES = 2**20
 
 
 def chunks_of_text(text: str) -> Iterator[tuple[str, bool]]:
-    """(chunk, whether it is the last) of a text in memory; a text of up to CHUNK_CHARACTERS is one chunk."""
-    if len(text) <= CHUNK_CHARACTERS:
-        yield text, True
-        return
+    """(chunk, whether it is the last) of a text in memory; a text of less than CHUNK_CHARACTERS is one chunk."""
     position = 0
 
     def read(characters: int) -> str:
@@ -55,18 +53,14 @@ def chunks_of_file(path: Path) -> Iterator[tuple[str, bool, int]]:
 
 def utf8_error(path: Path) -> tuple[int, int] | None:
     """Where a file stops being UTF-8: (line, from 1, offending byte). Reads it in chunks. Raises OSError."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
     line = 1
     with path.open("rb") as file:
-        while True:
-            chunk = file.read(_CHUNK_BYTES)
-            try:
-                text = decoder.decode(chunk, final=not chunk)
-            except UnicodeDecodeError as error:
-                return line + error.object.count(b"\n", 0, error.start), error.object[error.start]
-            if not chunk:
-                return None
-            line += text.count("\n")
+        try:
+            for text in codecs.iterdecode(iter(partial(file.read, _CHUNK_BYTES), b""), "utf-8"):
+                line += text.count("\n")
+        except UnicodeDecodeError as error:
+            return line + error.object.count(b"\n", 0, error.start), error.object[error.start]
+    return None
 
 
 def _chunks(read: Callable[[int], str]) -> Iterator[tuple[str, bool]]:

@@ -27,14 +27,9 @@ from dsllama.errors import Problem, UserError, did_you_mean, remedy_for
 
 logger = logging.getLogger("dsllama")
 
-_LINES = (".jsonl", ".ndjson", ".json")  # a packed .json is a .jsonl by another name; a plain one is seldom
-SUFFIXES = (
-    ".txt",
-    ".jsonl",
-    ".ndjson",
-    ".parquet",
-    *(kind + packed for packed in PACKED for kind in (".txt", *_LINES)),
-)
+_PLAIN = (".txt", ".jsonl", ".ndjson")
+# A packed .json is a .jsonl by another name; a plain one is seldom.
+SUFFIXES = (*_PLAIN, ".parquet", *(kind + packed for packed in PACKED for kind in (*_PLAIN, ".json")))
 _SKIP = "mend it, or leave it out with --on_error skip"
 _FILES_PER_BLOCK = 500
 _TEXTS = (".txt", *(f".txt{packed}" for packed in PACKED))
@@ -105,11 +100,8 @@ class Block:
             if isinstance(item, BadRecord):
                 found.bad_records.append(item)
             elif self.cut and item.starts and item.ends:
-                chunks = list(chunks_of_text(item.text))
-                found.documents += [
-                    item._replace(text=text, starts=number == 0, ends=ends)
-                    for number, (text, ends) in enumerate(chunks)
-                ]
+                for number, (text, ends) in enumerate(chunks_of_text(item.text)):
+                    found.documents.append(item._replace(text=text, starts=number == 0, ends=ends))
             else:
                 found.documents.append(item)
         return found
@@ -241,10 +233,9 @@ def _line_blocks(path: Path, text_field: str) -> Iterator[Block]:
         if data is None:
             problem = Problem(f"{path}:{line}", f"is a line of more than {LONGEST_LINE >> 20} MiB", _SKIP)
             yield Block(partial(tuple, (BadRecord("line too long", problem),)), position - before)
-            line, before = line + 1, position
         else:
             yield Block(partial(_read_lines, data, str(path), line, text_field), position - before)
-            line, before = line + data.count(b"\n"), position
+        line, before = line + (1 if data is None else data.count(b"\n")), position
 
 
 def _row_blocks(path: Path, size: int, text_field: str) -> Iterator[Block]:
@@ -303,8 +294,8 @@ def _checked(value: Any, file: str, number: int, where: str, text_field: str) ->
     if value is None:
         return BadRecord("no text", Problem(where, f"has no text: {text_field!r} is null", _SKIP))
     if not isinstance(value, str):
-        kind = type(value).__name__
-        return BadRecord("no text", Problem(where, f"{text_field!r} is of type {kind}, not text", _SKIP))
+        rule = f"{text_field!r} is of type {type(value).__name__}, not text"
+        return BadRecord("no text", Problem(where, rule, _SKIP))
     if not value:
         return _empty(where)
     try:

@@ -12,10 +12,9 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -38,8 +37,7 @@ _MOST_PROBLEMS = 100
 _SAMPLE = "Two words, 3 h\u00e9llo \u4f60 (x)!"
 
 
-@dataclass(frozen=True)
-class Encoded:
+class Encoded(NamedTuple):
     """What a worker made of a block: the ids of its documents, and what gave none."""
 
     ids: np.ndarray
@@ -226,5 +224,4 @@ def _check(out_dir: Path, workers: int, shard_tokens: int, on_error: str) -> Non
 
 def _stamps(files: list[Path]) -> list[list[Any]]:
     """By which the same input is known again: path, size in bytes, time of the last change in nanoseconds."""
-    stats = [(path.resolve(), path.stat()) for path in files]
-    return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+    return [[str(path.resolve()), (stat := path.stat()).st_size, stat.st_mtime_ns] for path in files]

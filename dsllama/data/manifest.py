@@ -63,6 +63,10 @@ class Manifest:
     def documents(self) -> int:
         return sum(shard.documents for shard in self.shards)
 
+    def summary(self) -> str:
+        """How much it is, for people."""
+        return f"{self.tokens:,} tokens of {self.documents:,} documents in {len(self.shards)} shards"
+
     @property
     def fingerprint(self) -> str:
         """Identity of the token stream: its dtype and each shard's length and checksum, in order."""
@@ -70,13 +74,8 @@ class Manifest:
 
     def save(self, folder: Path) -> None:
         """Write `manifest.json` in one step: a reader sees the old one or the new one, never half of it."""
-        content = {
-            "format": FORMAT,
-            "tokens": self.tokens,
-            "documents": self.documents,
-            "fingerprint": self.fingerprint,
-            **asdict(self),
-        }
+        derived = {"tokens": self.tokens, "documents": self.documents, "fingerprint": self.fingerprint}
+        content = {"format": FORMAT, **derived, **asdict(self)}
         content["digest"] = digest(content)
         write_atomically(folder / MANIFEST_NAME, json.dumps(content, indent=1))
 
@@ -162,8 +161,5 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
             yield f"{file} {'has changed since' if file in before and file in after else what}"
     if before == after and old["input"] != new["input"]:
         yield "the files were in another order"
-    yield from (
-        f"{name} was {old.get(name)!r}, now {new[name]!r}"
-        for name in new
-        if name != "input" and old.get(name) != new[name]
-    )
+    changed = (name for name in new if name != "input" and old.get(name) != new[name])
+    yield from (f"{name} was {old.get(name)!r}, now {new[name]!r}" for name in changed)
