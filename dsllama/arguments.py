@@ -70,11 +70,10 @@ class Parser(argparse.ArgumentParser):
 
     def _chosen(self, words: list[str]) -> argparse.ArgumentParser:
         """The parser of the verb that was called, or this one."""
-        verbs = [action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)]
         for number, word in enumerate(words):
-            for verb in verbs:
-                if word in verb:
-                    return verb[word]._chosen(words[number + 1 :])
+            for action in self._actions:
+                if isinstance(action, argparse._SubParsersAction) and word in action.choices:
+                    return action.choices[word]._chosen(words[number + 1 :])
         return self
 
 
@@ -131,8 +130,7 @@ def value_of(name: str, text: Any) -> Any:
 def _kind(annotation: Any) -> str:
     if {bool, str} <= {annotation, *get_args(annotation)}:
         return "BOOL|PATH"
-    kinds = [bool, int, float, list, str]
     names = {bool: "BOOL", int: "N", float: "X", list: "TEXT", str: "PATH"}
     parts = (annotation, get_origin(annotation), *get_args(annotation))
     parts += tuple(inner for part in parts for inner in get_args(part))
-    return next(names[kind] for kind in kinds if kind in parts)
+    return next(name for kind, name in names.items() if kind in parts)

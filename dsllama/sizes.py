@@ -37,12 +37,10 @@ def parse_count(value: Any) -> Any:
         return value
     # By decimals: 8.2e9 is a whole number, and the float 8.2 times 10**9 is none.
     exact = _exactly(value) if isinstance(value, str) else Decimal(value)
-    if exact.is_finite() and exact.adjusted() > 19:
+    if exact.is_finite() and not -(10**20) < exact < 2**63:
         raise ValueError("must be less than 2**63" if exact > 0 else "must not be so far below 0")
     if not exact.is_finite() or exact != exact.to_integral_value():
         raise ValueError(f"must be a whole number; {_EXAMPLES}")
-    if exact >= 2**63:
-        raise ValueError("must be less than 2**63")
     return int(exact)
 
 
