@@ -86,11 +86,8 @@ class Hold(contextlib.AbstractContextManager["Hold", None]):
 
 
 def hold(path: Path, where: str, value: str, remedy: str) -> Hold:
-    """Take a lock file. where, value: the field that it stands for, for the message.
-
-    Raises UserError that names the owner, where there is one that lives. Watches for half a minute where only that
-    can tell.
-    """
+    """Take a lock file. where, value: the field that it stands for, for the message. Raises UserError that names the
+    owner, where there is one that lives; watches for half a minute where only that can tell."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:

@@ -68,28 +68,22 @@ def _chunks(read: Callable[[int], str]) -> Iterator[tuple[str, bool]]:
 
     Where the cuts fall depends on the text alone.
     """
-    parts: list[str] = []
+    held = ""
     while True:
-        wanted = CHUNK_CHARACTERS - sum(map(len, parts)) % CHUNK_CHARACTERS
+        wanted = CHUNK_CHARACTERS - len(held) % CHUNK_CHARACTERS
         fresh = read(wanted)
-        # A word may begin with the first letter of what is new.
-        looked_at = (parts[-1][-1:] if parts else "") + fresh
+        text = held + fresh
         if len(fresh) < wanted:
-            yield "".join([*parts, fresh]), True
+            yield text, True
             return
-        cut = _last_word_begin(looked_at)
-        if cut is None:
-            parts.append(fresh)
-            continue
-        place = cut - (len(looked_at) - len(fresh))
-        yield "".join([*parts, fresh[:place]]), False
-        parts = [fresh[place:]] if fresh[place:] else []
+        if cut := _last_word_begin(text, len(held)):
+            yield text[:cut], False
+        held = text[cut:]
 
 
-def _last_word_begin(text: str) -> int | None:
-    """The last place to cut a text at; nearly always its end is enough to look at."""
-    for begin in (max(0, len(text) - 4096), 0):
-        found = [match.start() for match in WORD_BEGINS.finditer(text, begin)]
-        if found:
+def _last_word_begin(text: str, first: int) -> int:
+    """The last place, from `first` on, to cut a text at; 0 for none. Nearly always its end is enough to look at."""
+    for begin in (max(first, len(text) - 4096), first):
+        if found := [match.start() for match in WORD_BEGINS.finditer(text, begin)]:
             return found[-1]
-    return None
+    return 0

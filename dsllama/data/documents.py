@@ -109,10 +109,7 @@ class Block:
 
 def input_files(inputs: Iterable[str | Path]) -> list[Path]:
     """The files behind a list of files and folders, folders searched to any depth and sorted, hidden files left out.
-
-    Raises UserError with all that is wrong: what does not exist or is named twice, a suffix that is not read, a
-    folder with nothing to read, a package that a format needs and that is not installed.
-    """
+    Raises UserError with all that is wrong."""
     files: list[Path] = []
     problems: list[Problem] = []
     known = f"known suffixes: {', '.join(SUFFIXES)}"
@@ -156,10 +153,8 @@ def no_documents(files: Sequence[Path], skipped: Counter[str]) -> UserError:
 def blocks(
     files: Sequence[Path], text_field: str = "text", start: Cursor | None = None, cut: bool = True
 ) -> Iterator[Block]:
-    """Cut the input into blocks, from a `Block.following` of an earlier call on, or from its beginning.
-
-    cut: let documents that are larger than a block pass in chunks; else each is whole, and has to fit in memory.
-    """
+    """Cut the input into blocks, from a `Block.following` of an earlier call on, or from its beginning. cut: let
+    documents that are larger than a block pass in chunks; else each is whole, and has to fit in memory."""
     start = start or Cursor()
     small: list[str] = []
     small_bytes = 0

@@ -63,7 +63,6 @@ def encode(
     workers: processes, None for one per core; the result does not depend on it. shard_tokens: ids per shard.
     on_error: "stop" raises at bad input, "skip" leaves it out and counts it by kind in the manifest.
     overwrite: remove an earlier data set of ours from `out_dir` first. progress: a bar and notes on stderr.
-
     A finished data set of the same input and settings is returned as it is; an interrupted one goes on where it
     stopped. Raises UserError for bad input, a folder that holds something else, a full disk, a worker that died.
     """

@@ -108,11 +108,6 @@ class DatasetLoader(AbstractContextManager["DatasetLoader", None]):
         self._reader: ThreadPoolExecutor | None = None
         self._ahead: deque[tuple[int, Future[Batch]]] = deque()
 
-    @property
-    def epoch(self) -> int:
-        """Whole passes over the part before the next sample: 0 during the first."""
-        return self.consumed_samples // self.samples_per_epoch
-
     def __len__(self) -> int:
         """Micro-steps in which all ranks together pass over the part once; the last may not be full."""
         return -(-self.samples_per_epoch // self._batches.global_micro_batch)

@@ -3,8 +3,7 @@
     folder -> list of shards (manifest, or all *.npy by name) -> headers and samples checked -> prefix sums -> read
 
 A shard is a one-dimensional `.npy` file. Shards are memory-mapped, never loaded, and only the last few in use
-are kept open, so a data set may have many thousand of them. Opening costs a header and at most a few dozen
-small reads per shard; everything that is wrong with the folder comes in one UserError.
+are kept open, so a data set may have many thousand of them. Opening costs a few dozen small reads per shard at most.
 """
 
 from __future__ import annotations
@@ -46,10 +45,9 @@ class TokenStream:
     """All shards of a folder, end to end.
 
     dataset_dir: folder with `.npy` shards. With a `manifest.json` its list of shards is the stream, and every
-    shard must be as it says; without one, all `*.npy` files sorted by name, other files ignored.
+    shard must be as it says; without one, all `*.npy` files sorted by name.
     vocab_size: ids must lie below it; None takes the manifest's, or checks only that none is negative. Ids are
     checked on samples of each shard here, and on every batch by the DatasetLoader.
-
     Attributes: tokens (length of the stream), dtype, vocab_size, and fingerprint, the identity of the content:
     the manifest's, or else one of the shards' lengths, dtype and sampled bytes, whatever the files are called.
     Raises UserError with everything that is wrong with the folder.

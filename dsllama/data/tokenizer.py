@@ -94,9 +94,8 @@ def train_tokenizer(
 ) -> Tokenizer:
     """Train a byte-level BPE on raw text and save it to `out`, one JSON file that transformers opens as well.
 
-    Of more than 128 MiB of text, a sample of about that much is used, spread evenly over the whole input. A small text
-    may give fewer merges than asked for: the result's vocab_size says. on_error: "stop" or "skip" bad input.
-    Raises UserError for bad input and for an `out` that exists.
+    Of more than 128 MiB of text, a sample is used. A small text may give fewer merges than asked for: the result's
+    vocab_size says. on_error: "stop" or "skip" bad input. Raises UserError for bad input and for an `out` that exists.
     """
     out = Path(out)
     problems = []
@@ -141,10 +140,8 @@ def train_tokenizer(
 
 
 def _sample(files: list[Path], text_field: str, on_error: str) -> Iterator[str]:
-    """Texts, about 128 MiB of them at most: whole blocks, as evenly spread over the input as blocks can be.
-
-    What is taken keeps pace with what was passed, measured on the disk, so that compressed files need no guess.
-    """
+    """Texts, about 128 MiB of them at most: whole blocks, spread evenly over the input. What is taken keeps pace with
+    what was passed, measured on the disk, so that compressed files need no guess."""
     disk_bytes = sum(path.stat().st_size for path in files)
     passed = taken = 0
     skipped: Counter[str] = Counter()
