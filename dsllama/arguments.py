@@ -53,8 +53,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
         parsed, rest = self.parse_known_args(args, namespace)
         # A value that has no option before it belongs to the unknown option that it follows.
-        unknown = [word for word in rest if word.startswith("--")] or rest
-        if unknown:
+        if unknown := [word for word in rest if word.startswith("--")] or rest:
             chosen = self._chosen(list(args or []))
             names = [option.lstrip("-") for action in chosen._actions for option in action.option_strings]
             problems = []

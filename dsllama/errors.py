@@ -64,8 +64,7 @@ def did_you_mean(name: str, known: Iterable[str], all_of_them: str = "") -> str:
     """A remedy for an unknown name: the nearest known one; else the list of them, or, where that is long, where the
     list can be seen (`all_of_them`)."""
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    if near:
+    if near := difflib.get_close_matches(name, names, n=1):
         return f"did you mean {near[0]!r}?"
     listing = ", ".join(names)
     if len(listing) < 300:

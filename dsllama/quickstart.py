@@ -143,8 +143,10 @@ def run_launcher(command: list[str]) -> int:
     except KeyboardInterrupt:
         _say("stopping after this update, with a checkpoint (Ctrl-C again stops at once)")
     try:
-        for rank in _ranks_of(process.pid):
-            rank.send_signal(signal.SIGINT)
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if any(word.startswith("--local_rank") for word in child.cmdline()):  # a rank; else some helper
+                    child.send_signal(signal.SIGINT)
         return process.wait()
     except KeyboardInterrupt:
         os.killpg(process.pid, signal.SIGKILL)
@@ -154,8 +156,7 @@ def run_launcher(command: list[str]) -> int:
 
 def check_torch() -> None:
     """Raise UserError where there is a GPU that the installed PyTorch cannot use."""
-    problem = None if os.environ.get("DS_ACCELERATOR") == "cpu" else unusable_gpu()
-    if problem:
+    if os.environ.get("DS_ACCELERATOR") != "cpu" and (problem := unusable_gpu()):
         raise UserError(problem)
 
 
@@ -237,8 +238,7 @@ def _make_data(folder: Path, config: TrainingConfig) -> None:
 def _set_aside(folder: Path) -> None:
     """Move an earlier training out of the way; nothing that was saved is deleted."""
     parts = [folder / name for name in ("checkpoints", "tensorboard", "log.csv", "log.png", "log.samples.txt")]
-    existing = [part for part in parts if part.exists()]
-    if existing:
+    if existing := [part for part in parts if part.exists()]:
         if (folder / "checkpoints").is_dir():
             other = "wait for its end, or give another --dir"
             hold(folder / "checkpoints" / LOCK, "--dir", str(folder), other).release()
@@ -278,16 +278,6 @@ Next (in .venv/bin, or after `source .venv/bin/activate`):
   another model  make quickstart ARGS="--dir runs/deeper n_layers=6 max_lr=0.001"
   look closer    tensorboard --logdir {folder / "tensorboard"}""")
     return 0
-
-
-def _ranks_of(launcher: int) -> list[psutil.Process]:
-    """The training processes under a launcher: those that it gave a --local_rank."""
-    found = []
-    for child in psutil.Process(launcher).children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            if any(word.startswith("--local_rank") for word in child.cmdline()):
-                found.append(child)
-    return found
 
 
 if __name__ == "__main__":  # what `make` asks after it has installed PyTorch

@@ -1,13 +1,11 @@
-"""To and from the Hugging Face layout of LlamaForCausalLM.
+"""To the Hugging Face layout of LlamaForCausalLM.
 
     out/config.json generation_config.json model.safetensors tokenizer.json tokenizer_config.json
         dsllama_export.json             which of the files are an export's, and may be replaced by the next one
 
 Our parts carry the same names and the rotary pairs lie the same way, so the weights need a prefix and no
-permutation. The exported tokenizer gives our ids and puts <SOS> before a text by itself, as `generate` does:
-what `model.generate(**tokenizer(text))` continues there is what `generate(text)` continues here. As everywhere in that
-world, a literal "<EOS>" in a text is the token there (chat templates and fine-tuning rely on it); in a corpus that is
-encoded here it stays text.
+permutation. The exported tokenizer gives our ids and puts <SOS> before a text by itself, as our `generate` does. As
+everywhere in that world, a literal "<EOS>" in a text is the token there (chat templates and fine-tuning rely on it).
 """
 
 from __future__ import annotations
@@ -33,7 +31,6 @@ from dsllama.model import LLaMaTransformer, ffn_hidden_size
 _TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # torch's name: that of safetensors
 T = TypeVar("T")
 _HEAD = "lm_head.weight"
-_EMBEDDING = "embed_tokens.weight"
 _CONFIG = "config.json"
 _RECORD = "dsllama_export.json"
 # The hub's own tools split weights at about this size; loaders expect files that fit in memory one by one.
@@ -44,12 +41,6 @@ def to_huggingface(state: Mapping[str, T], tied: bool = False) -> dict[str, T]:
     """Our weights under LlamaForCausalLM's names; a tied head is left out, as transformers does."""
     kept = {name: value for name, value in state.items() if not (tied and name == _HEAD)}
     return {name if name == _HEAD else f"model.{name}": value for name, value in kept.items()}
-
-
-def from_huggingface(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """LlamaForCausalLM's weights under our names; where the head is tied, both names are there."""
-    ours = {name.removeprefix("model."): tensor for name, tensor in state.items()}
-    return {_HEAD: ours[_EMBEDDING], **ours}
 
 
 def export_huggingface(
@@ -63,9 +54,8 @@ def export_huggingface(
     """Write a model and its tokenizer to the folder `out`; returns it.
 
     state: the whole model's weights, asked for one by one. config: its TrainingConfig. dtype: float32, bfloat16 or
-    float16. overwrite: replace the files of an earlier export, and no others. Weights of more than 5 GB are split into
-    several files with an index. A new folder is there wholly or not at all; in one that is overwritten config.json,
-    without which nothing loads, goes first and comes last.
+    float16. overwrite: replace the files of an earlier export, and no others. A new folder is there wholly or not at
+    all; in one that is overwritten config.json, without which nothing loads, goes first and comes last.
     Raises UserError where `out` exists or cannot be written.
     """
     out = Path(os.path.realpath(out))  # of a link, the folder that it names
@@ -80,7 +70,8 @@ def export_huggingface(
         place.mkdir(parents=True, exist_ok=True)
         # What the weights will look like, without reading any.
         planned = LLaMaTransformer(config, tokenizer, device="meta").to(getattr(torch, dtype)).state_dict()
-        rows, ours = planned[_EMBEDDING].shape[0], to_huggingface({n: n for n in planned}, config.tie_embeddings)
+        rows = planned["embed_tokens.weight"].shape[0]
+        ours = to_huggingface({name: name for name in planned}, config.tie_embeddings)
         with tempfile.TemporaryDirectory(prefix=".dsllama-", dir=place, ignore_cleanup_errors=True) as folder:
             aside = Path(folder) / out.name
             aside.mkdir()
