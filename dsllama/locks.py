@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,23 @@ def hold(path: Path, where: str, value: str, remedy: str) -> Hold:
         if isinstance(error, UserError):
             raise
         raise UserError(of_system(error) if error.filename else Problem(where, str(error), remedy, value)) from None
+
+
+@contextlib.contextmanager
+def locked(folder: Path, title: str) -> Iterator[None]:
+    """Hold a folder, among the processes of this machine. Raises UserError (`title`) where another one writes to it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            problem = Problem(str(folder), "is being written by another process", "wait for it, or stop it")
+            raise UserError(problem, title) from None
+        except OSError:
+            pass  # some network file systems have no locks
+        yield
+    finally:
+        os.close(handle)
 
 
 def _still_counts(path: Path, owner: dict[str, Any]) -> bool:

@@ -60,8 +60,7 @@ def _exactly(text: str) -> Decimal:
 def nearest_multiples(value: int, of: int) -> list[int]:
     """The positive multiples of `of` just below and just above `value`, nearest first."""
     below = value // of * of
-    candidates = [n for n in (below, below + of) if n > 0]
-    return sorted(candidates, key=lambda n: abs(n - value))
+    return sorted(filter(None, (below, below + of)), key=lambda n: abs(n - value))
 
 
 def nearest_divisors(value: int, of: int) -> list[int]:

@@ -24,11 +24,12 @@ from dsllama.data.documents import Block, Cursor, blocks, input_files, no_docume
 from dsllama.data.fast_bpe import FastEncoder
 from dsllama.data.manifest import TITLE, Manifest, token_dtype
 from dsllama.data.readers import BLOCK_BYTES
-from dsllama.data.shards import ShardWriter, locked
+from dsllama.data.shards import ShardWriter
 from dsllama.data.stream import TokenStream
 from dsllama.data.tokenizer import Tokenizer
 from dsllama.data.workers import WorkerDied, WorkerPool
 from dsllama.errors import Problem, UserError, remedy_for
+from dsllama.locks import locked
 from dsllama.machine import usable_cores
 
 _GOES_ON = "run the same command again: it goes on where it stopped"
@@ -87,7 +88,7 @@ def encode(
     say: Callable[[str], None] = partial(print, file=sys.stderr) if progress else lambda _: None
     with _explained(out_dir):
         out_dir.mkdir(parents=True, exist_ok=True)
-        with locked(out_dir):
+        with locked(out_dir, TITLE):
             new = Manifest(
                 dtype=token_dtype(tokenizer.vocab_size),
                 vocab_size=tokenizer.vocab_size,
