@@ -16,6 +16,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from statistics import fmean, median_high
 from typing import Any
 
 import psutil
@@ -70,7 +71,7 @@ def quickstart(folder: Path, fresh: bool = False, ranks: int | None = None, over
     config_file = folder / "config.yaml"
     if done is not None and done.tokens >= config.training_tokens:
         _say(f"training     is finished already ({done.path}); `make quickstart ARGS=--fresh` starts it anew")
-        return _summarize(folder, config, config_file, ranks, time.monotonic() - begun)
+        return _summarize(folder, config, ranks, time.monotonic() - begun)
     if fresh:
         _set_aside(folder)
     write_own(config_file, yaml.safe_dump(config.to_dict(), sort_keys=False))
@@ -82,7 +83,7 @@ def quickstart(folder: Path, fresh: bool = False, ranks: int | None = None, over
         stopped = "stopped, with a checkpoint; `make quickstart` goes on from it"
         _say(stopped if code == EXIT_STOPPED else f"training ended with exit code {code}; what it said is above")
         return code
-    return _summarize(folder, config, config_file, ranks, time.monotonic() - begun)
+    return _summarize(folder, config, ranks, time.monotonic() - begun)
 
 
 def default_ranks(config: TrainingConfig) -> int:
@@ -249,7 +250,7 @@ def _set_aside(folder: Path) -> None:
         _say(f"the earlier run is kept in {aside}")
 
 
-def _summarize(folder: Path, config: TrainingConfig, config_file: Path, ranks: int, seconds: float) -> int:
+def _summarize(folder: Path, config: TrainingConfig, ranks: int, seconds: float) -> int:
     newest = newest_whole(config.ckpt_dir)
     rows = read_log(Path(config.log_file))
     if newest is None or not rows:
@@ -257,14 +258,13 @@ def _summarize(folder: Path, config: TrainingConfig, config_file: Path, ranks: i
         return 1
     first = float(rows[0]["loss"])
     tail = [float(row["loss"]) for row in rows[-max(1, len(rows) // 10) :]]  # one update's loss is noisy
-    last = sum(tail) / len(tail)
-    rates = sorted(float(row["tokens_per_second"]) for row in rows)
+    last, rate = fmean(tail), median_high(float(row["tokens_per_second"]) for row in rows)
     vocabulary = newest.manifest["vocab_size"]
-    train = f"deepspeed --num_gpus {ranks} launch/train.py --config {config_file}"
+    train = f"deepspeed --num_gpus {ranks} launch/train.py --config {folder / 'config.yaml'}"
     _say(f"""
 loss         {first:.3f} at the start (ln {vocabulary} = {math.log(vocabulary):.3f}), {last:.3f} at the end (mean of \
 the last {len(tail)} rows): {first - last:.3f} lower
-speed        {readable(rates[len(rates) // 2])} tokens per second (median), {config.precision} on {ranks} ranks, \
+speed        {readable(rate)} tokens per second (median), {config.precision} on {ranks} ranks, \
 ZeRO-{config.zero_stage}
 time         {readable_duration(seconds)} for this command
 checkpoint   {newest.path}
