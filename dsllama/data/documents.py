@@ -179,7 +179,7 @@ def blocks(
 def _blocks_of(path: Path, size: int, text_field: str, cut: bool) -> Iterator[Block]:
     """The blocks of one file; what stops its reading half-way is a bad record in the last of them."""
     name = path.name.lower()
-    anything = False
+    block: Block | None = None
     bad = BadRecord("empty file", Problem(str(path), "is empty"))
     try:
         if name.endswith(".parquet"):
@@ -187,7 +187,6 @@ def _blocks_of(path: Path, size: int, text_field: str, cut: bool) -> Iterator[Bl
         else:
             found = _text_blocks(path, size, cut) if name.endswith(_TEXTS) else _line_blocks(path, text_field)
         for block in found:
-            anything = True
             yield block
     except DamagedFile as error:
         bad = BadRecord("damaged file", Problem(str(path), f"cannot be unpacked ({error})", "fetch it again"))
@@ -196,7 +195,7 @@ def _blocks_of(path: Path, size: int, text_field: str, cut: bool) -> Iterator[Bl
     except OSError as error:
         bad = _unreadable(str(path), error)
     else:
-        if anything:
+        if block is not None:
             return
     yield Block(partial(tuple, (bad,)))
 

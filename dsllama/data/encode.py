@@ -144,7 +144,7 @@ def _write_shards(
 
     manifest.save(out_dir)
     writer = new_writer()
-    make = partial(BlockEncoder, tokenizer.backend.to_str())
+    make = partial(_block_encoder, tokenizer.backend.to_str())
     done, hidden = sum(sizes[: place.file]), not progress or None
     bar = tqdm(total=total, initial=done, unit="B", unit_scale=True, desc="encoding", disable=hidden)
     try:
@@ -170,25 +170,23 @@ def _write_shards(
     return skipped
 
 
-class BlockEncoder:
+def _block_encoder(tokenizer_json: str) -> Callable[[Block], Encoded]:
     """What a worker does: a block of input to ids."""
+    tokenizer = Tokenizer(tokenizer_json, Path())
+    to_ids, dtype = FastEncoder(tokenizer), np.dtype(token_dtype(tokenizer.vocab_size))
+    sos, eos = np.array([tokenizer.sos_id], dtype), np.array([tokenizer.eos_id], dtype)
 
-    def __init__(self, tokenizer_json: str) -> None:
-        tokenizer = Tokenizer(tokenizer_json, Path())
-        self._encode = FastEncoder(tokenizer)
-        self._dtype = np.dtype(token_dtype(tokenizer.vocab_size))
-        self._sos = np.array([tokenizer.sos_id], self._dtype)
-        self._eos = np.array([tokenizer.eos_id], self._dtype)
-
-    def __call__(self, block: Block) -> Encoded:
+    def encode_block(block: Block) -> Encoded:
         found = block.read()
-        parts: list[np.ndarray] = [np.empty(0, self._dtype)]
-        for document, ids in zip(found.documents, self._encode([d.text for d in found.documents]), strict=True):
-            parts += [self._sos] if document.starts else []
-            parts.append(ids.astype(self._dtype))
-            parts += [self._eos] if document.ends else []
+        parts: list[np.ndarray] = [np.empty(0, dtype)]
+        for document, ids in zip(found.documents, to_ids([d.text for d in found.documents]), strict=True):
+            parts += [sos] if document.starts else []
+            parts.append(ids.astype(dtype))
+            parts += [eos] if document.ends else []
         problems = found.problems[:_MOST_PROBLEMS]
         return Encoded(np.concatenate(parts), found.skipped, problems, block.following, block.disk_bytes)
+
+    return encode_block
 
 
 @contextmanager
