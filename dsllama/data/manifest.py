@@ -126,19 +126,16 @@ class Manifest:
                 (folder / name).unlink(missing_ok=True)
             saved = None
         if saved is None or not (saved.shards or saved.resume is None):
-            others = sorted(file.name for file in folder.glob("*.npy"))
-            if others:
+            if others := sorted(file.name for file in folder.glob("*.npy")):
                 rule = f"holds {others[0]} already, not from an encoding that could go on"
                 raise UserError(Problem(str(folder), rule, _ELSEWHERE), TITLE)
             return new
         if saved.resume is not None and saved.identity["on_error"] == "stop":
             # Nothing was left out so far, so that "skip", from here on, gives what it would have from the beginning.
             saved.identity["on_error"] = new.identity["on_error"]
-        changes = list(_changes(saved.identity, new.identity))
-        if changes:
+        if changes := list(_changes(saved.identity, new.identity)):
             raise UserError([Problem(str(folder), f"was begun otherwise: {c}", _ANEW) for c in changes], TITLE)
-        gone = [shard.file for shard in saved.shards if not (folder / shard.file).is_file()]
-        if gone:
+        if gone := [shard.file for shard in saved.shards if not (folder / shard.file).is_file()]:
             raise UserError([Problem(str(folder / file), "is gone", _ANEW) for file in gone], TITLE)
         return saved
 
