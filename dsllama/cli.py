@@ -36,8 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    lost = console.lost()
-    if lost:
+    if lost := console.lost():
         print(f"standard output could not be written ({lost})", file=sys.stderr)
     return code or int(bool(lost))
 

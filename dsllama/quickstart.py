@@ -162,9 +162,8 @@ def check_torch() -> None:
 
 
 def _settings(overrides: list[str]) -> dict[str, Any]:
-    problems = [Problem(text, "must be FIELD=VALUE", "for example n_layers=6") for text in overrides if "=" not in text]
-    if problems:
-        raise UserError(problems)
+    if others := [text for text in overrides if "=" not in text]:
+        raise UserError(Problem(text, "must be FIELD=VALUE", "for example n_layers=6") for text in others)
     return {name: value_of(name, value) for name, _, value in (text.partition("=") for text in overrides)}
 
 

@@ -47,8 +47,7 @@ def parse_count(value: Any) -> Any:
 def _exactly(text: str) -> Decimal:
     written = text.strip().replace("_", "")
     try:
-        power = re.fullmatch(r"(\d{1,4})\s*\*\*\s*(-?\d{1,3})", written)
-        if power:
+        if power := re.fullmatch(r"(\d{1,4})\s*\*\*\s*(-?\d{1,3})", written):
             return Decimal(int(power[1])) ** int(power[2])
         if written and written[-1].upper() in _SUFFIXES:
             return Decimal(written[:-1]) * _SUFFIXES[written[-1].upper()]

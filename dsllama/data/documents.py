@@ -211,8 +211,7 @@ def _text_blocks(path: Path, size: int, cut: bool) -> Iterator[Block]:
         yield Block(partial(map, _read_text, [str(path)]), size)
         return
     # Looked through first, so that a document is left out wholly or not at all.
-    error = utf8_error(path)
-    if error is not None:
+    if error := utf8_error(path):
         yield Block(partial(tuple, (_not_utf8(f"{path}:{error[0]}", error[1]),)), size)
         return
     line, starts, before = 1, True, 0

@@ -264,8 +264,7 @@ class _Batches:
             for row, offset in zip(rows, offsets_B.tolist(), strict=True):
                 stop = min(offset + length + 1, self.tokens)
                 row[: stop - offset] = self.stream.read(self.start + offset, self.start + stop)
-        outside = outside_vocabulary(rows, self.stream.vocab_size)
-        if outside is not None:
+        if (outside := outside_vocabulary(rows, self.stream.vocab_size)) is not None:
             row, column = np.unravel_index(int(outside.argmax()), outside.shape)
             position = self.start + int(offsets_B[row]) + int(column)
             raise UserError(self.stream.vocabulary_problem(position), "the data set cannot be used")

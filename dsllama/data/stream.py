@@ -214,8 +214,7 @@ def _sample(shard: _Shard, blocks: int, vocab_size: int | None) -> str:
             content = file.read(length * shard.dtype.itemsize)
             contents.update(content)
             tokens = np.frombuffer(content, shard.dtype)
-            outside = outside_vocabulary(tokens, vocab_size)
-            if outside is not None:
+            if (outside := outside_vocabulary(tokens, vocab_size)) is not None:
                 first = int(outside.argmax())
                 raise UserError(_outside_problem(shard.path, start + first, int(tokens[first]), vocab_size))
     return contents.hexdigest()

@@ -114,8 +114,7 @@ def _publish(aside: Path, out: Path) -> None:
         aside.rename(out)
         return
     old = _exported(out)
-    foreign = [name for name in new if name not in old and (out / name).exists()]
-    if foreign:
+    if foreign := [name for name in new if name not in old and (out / name).exists()]:
         rule = f"holds {', '.join(foreign)}, which no export of dsllama's wrote"
         raise UserError(Problem("--out", rule, "move it, or use another name", str(out)), "cannot export")
     # Both lists until it is done: what a crash leaves behind stays ours.
