@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NoReturn, get_args, get_origin
 
 from dsllama.config import TrainingConfig, choices_of, load_config
@@ -35,47 +35,35 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=_Help, **options)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's, which alone takes only the first words in a row."""
-        if self._mixing or not any(action.nargs in ("*", "+") for action in self._get_positional_actions()):
+        """As argparse's, which alone takes only the first words in a row; but what is not known is an error here, in
+        the parser of the verb, which knows the names that may have been meant."""
+        if self._mixing:
             return super().parse_known_args(args, namespace)
-        self._mixing = True
+        self._mixing = any(action.nargs in ("*", "+") for action in self._get_positional_actions())
         try:
-            return self.parse_known_intermixed_args(args, namespace)
+            parse = self.parse_known_intermixed_args if self._mixing else super().parse_known_args
+            parsed, rest = parse(args, namespace)
         finally:
             self._mixing = False
+        # A value that has no option before it belongs to the unknown option that it follows.
+        if unknown := [word for word in rest if word.startswith("--")] or rest:
+            names = [option.lstrip("-") for action in self._actions for option in action.option_strings]
+            problems = []
+            for word in unknown:
+                option = word.split("=")[0]
+                if option.startswith("-"):
+                    remedy = did_you_mean(option.lstrip("-"), names, f"see {self.prog} --help")
+                    problems.append(Problem(option, "there is no such option", remedy))
+                else:
+                    problems.append(Problem(word, "is a word too many", f"see {self.prog} --help"))
+            raise UserError(problems)
+        return parsed, rest
 
     def error(self, message: str) -> NoReturn:
         remedy = f"see {self.prog} --help"
         if "expected one argument" in message:
             remedy = "write it behind the option; a value that begins with - as --option=-value"
         raise UserError(Problem("command line", message, remedy))
-
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
-        parsed, rest = self.parse_known_args(args, namespace)
-        # A value that has no option before it belongs to the unknown option that it follows.
-        unknown = [word for word in rest if word.startswith("--")] or rest
-        if unknown:
-            chosen = self._chosen(list(args or []))
-            names = [option.lstrip("-") for action in chosen._actions for option in action.option_strings]
-            problems = []
-            for word in unknown:
-                option = word.split("=")[0]
-                if option.startswith("-"):
-                    remedy = did_you_mean(option.lstrip("-"), names, f"see {chosen.prog} --help")
-                    problems.append(Problem(option, "there is no such option", remedy))
-                else:
-                    problems.append(Problem(word, "is a word too many", f"see {chosen.prog} --help"))
-            raise UserError(problems)
-        return parsed
-
-    def _chosen(self, words: list[str]) -> argparse.ArgumentParser:
-        """The parser of the verb that was called, or this one."""
-        verbs = [action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)]
-        for number, word in enumerate(words):
-            for verb in verbs:
-                if word in verb:
-                    return verb[word]._chosen(words[number + 1 :])
-        return self
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
@@ -131,8 +119,7 @@ def value_of(name: str, text: Any) -> Any:
 def _kind(annotation: Any) -> str:
     if {bool, str} <= {annotation, *get_args(annotation)}:
         return "BOOL|PATH"
-    kinds = [bool, int, float, list, str]
     names = {bool: "BOOL", int: "N", float: "X", list: "TEXT", str: "PATH"}
     parts = (annotation, get_origin(annotation), *get_args(annotation))
     parts += tuple(inner for part in parts for inner in get_args(part))
-    return next(names[kind] for kind in kinds if kind in parts)
+    return next(name for kind, name in names.items() if kind in parts)

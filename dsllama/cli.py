@@ -14,10 +14,11 @@ from typing import Any
 from dsllama import arguments, console
 from dsllama.arguments import Parser, read_with
 from dsllama.errors import EXIT_USER_ERROR, Problem, UserError, is_explained, of_system
+from dsllama.machine import versions
 from dsllama.paths import parse_path, parse_text
-from dsllama.sizes import parse_count, parse_number
+from dsllama.sizes import parse_count, parse_number, readable, readable_bytes, readable_duration
 
-Verb = Callable[..., int]
+Verb = Callable[..., int | None]  # the exit code, None for 0
 _CHECKPOINT = "a checkpoint, or a folder of them (the newest)"
 
 
@@ -27,21 +28,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = vars(_parser().parse_args(sys.argv[1:] if argv is None else argv))
         code = options.pop("verb")(**options)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return EXIT_USER_ERROR
-    except OSError as error:
-        if not is_explained(error):
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and not is_explained(error):
             raise
-        print(UserError(of_system(error)), file=sys.stderr)
+        print(UserError(of_system(error)) if isinstance(error, OSError) else error, file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    lost = console.lost()
-    if lost:
+    if lost := console.lost():
         print(f"standard output could not be written ({lost})", file=sys.stderr)
-    return code or bool(lost)
+    return code or int(bool(lost))
 
 
 def _parser() -> Parser:
@@ -140,16 +137,13 @@ def _parser() -> Parser:
     sub = add("export", _export, "write a checkpoint in the Hugging Face layout")
     sub.add_argument("--checkpoint", type=_path, required=True, help=_CHECKPOINT)
     sub.add_argument("--out", type=_path, required=True, help="folder to write")
-    types = ("float32", "bfloat16", "float16")
-    sub.add_argument("--dtype", choices=types, default="float32", help="type of the weights")
+    sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
     sub.add_argument("--overwrite", action="store_true", help="replace what an earlier export wrote")
     return parser
 
 
 class _Versions(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from dsllama.machine import versions
-
         print("\n".join(f"{name} {number}" for name, number in versions().items()))
         parser.exit()
 
@@ -177,36 +171,30 @@ def _quickstart(**options: Any) -> int:
     return quickstart(**options)
 
 
-def _corpus(out: Path) -> int:
+def _corpus(out: Path) -> None:
     from dsllama.data.corpus import gather_stdlib_corpus
 
     print(gather_stdlib_corpus(out))
-    return 0
 
 
-def _tokenizer(out: Path, vocab_size: int, **options: Any) -> int:
+def _tokenizer(out: Path, vocab_size: int, **options: Any) -> None:
     from dsllama.data.tokenizer import train_tokenizer
 
     tokenizer = train_tokenizer(out=out, vocab_size=vocab_size, **options)
     print(f"{out}: {tokenizer.vocab_size:,} tokens")
     if tokenizer.vocab_size < vocab_size:
         print(f"the text gave no more merges than that ({vocab_size:,} were asked for)")
-    return 0
 
 
-def _encode(out_dir: Path, **options: Any) -> int:
+def _encode(out_dir: Path, **options: Any) -> None:
     from dsllama.data.encode import encode
 
     manifest = encode(out_dir=out_dir, **options)
     skipped = "".join(f", {count:,} skipped ({kind})" for kind, count in manifest.skipped.items() if count)
-    print(
-        f"{out_dir}: {manifest.tokens:,} tokens of {manifest.documents:,} documents in "
-        f"{len(manifest.shards)} shards of {manifest.dtype}{skipped}"
-    )
-    return 0
+    print(f"{out_dir}: {manifest.summary()} of {manifest.dtype}{skipped}")
 
 
-def _config(world_size: int, only: str, **fields: Any) -> int:
+def _config(world_size: int, only: str, **fields: Any) -> None:
     import yaml
 
     from dsllama.deepspeed_config import deepspeed_config, engine_lines
@@ -226,7 +214,6 @@ def _config(world_size: int, only: str, **fields: Any) -> int:
         print(yaml.safe_dump(config.to_dict(), sort_keys=False))
     if only != "config":
         print(json.dumps(ds_json, indent=1))
-    return 0
 
 
 def _selftest(**fields: Any) -> int:
@@ -243,18 +230,16 @@ def _offload(recipes: Path | None, updates: int, device_memory: int | None, out:
     return offload.sweep(config, recipes or offload.RECIPES, updates, device_memory, out)
 
 
-def _plot_schedule(**options: Any) -> int:
+def _plot_schedule(**options: Any) -> None:
     from dsllama.training.reporting import plot_schedules
 
     print(plot_schedules(**options))
-    return 0
 
 
-def _generate(checkpoint: Path, **options: Any) -> int:
+def _generate(checkpoint: Path, **options: Any) -> None:
     from dsllama.inference import load_model
 
     print(load_model(checkpoint).generate(**options))
-    return 0
 
 
 def _show_checkpoints(path: Path, as_json: bool, read: bool) -> int:
@@ -268,7 +253,7 @@ def _show_checkpoints(path: Path, as_json: bool, read: bool) -> int:
     return int(read and any(each["problems"] for each in told))
 
 
-def _prune_checkpoints(path: Path, as_json: bool, dry_run: bool, damaged: bool, **kept: Any) -> int:
+def _prune_checkpoints(path: Path, as_json: bool, dry_run: bool, damaged: bool, **kept: Any) -> None:
     from dsllama.checkpoint.retention import Policy, prune
 
     problems = [
@@ -282,19 +267,16 @@ def _prune_checkpoints(path: Path, as_json: bool, dry_run: bool, damaged: bool, 
     told = prune(path, policy, damaged, dry_run, warn=partial(print, file=sys.stderr))
     if as_json:
         print(json.dumps(told, indent=1))
-        return 0
+        return
     would = "would be " if dry_run else ""
     said = {"removed": f"{would}removed", "weights": f"{would}left with weights only", "kept": "kept"}
     said["damaged"] = f"damaged, {would}removed" if damaged else "damaged, and left (see --damaged)"
-    lines = [f"{said[what]:12} {', '.join(names)}" for what, names in told.items() if names]
-    print("\n".join(lines))
-    return 0
+    print("\n".join(f"{said[what]:12} {', '.join(names)}" for what, names in told.items() if names))
 
 
 def _words_for(told: dict[str, Any], read: bool) -> list[str]:
     """A checkpoint as a row of words."""
     from dsllama.checkpoint.catalog import topology
-    from dsllama.sizes import readable, readable_bytes, readable_duration
 
     name = Path(told["path"]).name
     if "tokens" not in told:
@@ -313,11 +295,10 @@ def _words_for(told: dict[str, Any], read: bool) -> list[str]:
     ]
 
 
-def _export(**options: Any) -> int:
+def _export(**options: Any) -> None:
     from dsllama.inference import export_checkpoint
 
     print(f"{export_checkpoint(**options)}: load it with transformers' AutoModelForCausalLM and AutoTokenizer")
-    return 0
 
 
 if __name__ == "__main__":

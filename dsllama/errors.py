@@ -64,8 +64,7 @@ def did_you_mean(name: str, known: Iterable[str], all_of_them: str = "") -> str:
     """A remedy for an unknown name: the nearest known one; else the list of them, or, where that is long, where the
     list can be seen (`all_of_them`)."""
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    if near:
+    if near := difflib.get_close_matches(name, names, n=1):
         return f"did you mean {near[0]!r}?"
     listing = ", ".join(names)
     if len(listing) < 300:
@@ -83,9 +82,12 @@ def is_explained(error: OSError) -> bool:
     return error.errno in _REMEDIES
 
 
-def of_system(error: OSError) -> Problem:
-    """Such an error as a problem."""
-    return Problem(str(error.filename), f"cannot be used ({error.strerror})", remedy_for(error))
+def of_system(
+    error: OSError, rule: str = "cannot be used", where: str = "", otherwise: str = "check the path", value: Any = None
+) -> Problem:
+    """Such an error as a problem; where it says no other, of the file that the system names."""
+    rule = f"{rule} ({error.strerror or error})"
+    return Problem(where or str(error.filename), rule, remedy_for(error, otherwise), value)
 
 
 _REMEDIES = {

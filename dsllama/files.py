@@ -44,16 +44,13 @@ def write_own(path: Path, text: str) -> None:
 
     Raises UserError where another file has the name.
     """
-    if path.exists() and not _is_own(path):
-        rule = "is not as dsllama wrote it, so it is not replaced"
-        raise UserError(Problem(str(path), rule, "move it, or give another folder"), "a file is in the way")
-    write_atomically(path, f"{_MARK}{_digest(text)}\n{text}")
+    if path.exists():
+        there = path.read_text(encoding="utf-8", errors="replace")
+        if there != _marked(there.partition("\n")[2]):
+            rule = "is not as dsllama wrote it, so it is not replaced"
+            raise UserError(Problem(str(path), rule, "move it, or give another folder"), "a file is in the way")
+    write_atomically(path, _marked(text))
 
 
-def _is_own(path: Path) -> bool:
-    first, _, rest = path.read_text(encoding="utf-8", errors="replace").partition("\n")
-    return first == _MARK + _digest(rest)
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
+def _marked(text: str) -> str:
+    return f"{_MARK}{hashlib.sha256(text.encode('utf-8', 'replace')).hexdigest()}\n{text}"

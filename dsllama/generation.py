@@ -50,12 +50,11 @@ def generate_ids(
 ) -> list[int]:
     """Up to `max_new_tokens` ids that continue `ids`; `eos_id` ends them and is not among them.
 
-    model: an LLaMaTransformer, in whatever mode; it is left in that mode. temperature: 0 takes the likeliest id,
-    others divide the logits. top_p: draw from the fewest ids that reach this probability together. seed: None takes
-    one from the system's entropy; training's random state is touched in neither case. agree: gives the id that is taken
-    for the one that was drawn here. Ranks that hold parts of one model (ZeRO-3) need it: logits that differ in a last
-    bit, or seeds, would let one of them end or go on alone, and the others wait for it in their next forward.
-    Raises UserError for values out of range.
+    model: an LLaMaTransformer, left in the mode it is in. temperature: 0 takes the likeliest id, others divide the
+    logits. top_p: draw from the fewest ids that reach this probability together. seed: None takes one from the system's
+    entropy; training's random state is touched in neither case. agree: gives the id that is taken for the one drawn
+    here. Ranks that hold parts of one model (ZeRO-3) need it: where logits differ in a last bit, one would end alone,
+    and the others wait for it in their next forward. Raises UserError for values out of range.
     """
     problems = sampling_problems(max_new_tokens, temperature, top_p, seed)
     if not ids:

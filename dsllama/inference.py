@@ -32,10 +32,7 @@ def load_model(checkpoint: str | Path, device: str | torch.device | None = None)
         # What is read becomes the model: nothing is drawn to be written over, and to_empty would import SymPy.
         model = LLaMaTransformer(*_described(source), device="meta")
         with opened_weights(source) as weights:
-            for name, _ in list(model.named_parameters(remove_duplicate=False)):
-                module, _, leaf = name.rpartition(".")
-                weight = torch.nn.Parameter(weights[name].to(target, dtype))
-                setattr(model.get_submodule(module), leaf, weight)
+            model.load_state_dict({name: weights[name].to(target, dtype) for name in model.state_dict()}, assign=True)
         return model.to(target).eval()
 
     return with_first_whole(open_checkpoint(checkpoint, warn), load, partial(older_whole, checkpoint, warn))

@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from dsllama.sizes import readable_duration
 _BEAT_SECONDS, _WATCH_SECONDS = 5.0, 30.0
 
 
-class Hold:
+class Hold(contextlib.AbstractContextManager["Hold", None]):
     """A lock file that this process holds until `release`, or its end."""
 
     def __init__(self, path: Path, descriptor: int) -> None:
@@ -45,9 +46,6 @@ class Hold:
         self._write(0)
         self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
         self._thread.start()
-
-    def __enter__(self) -> Hold:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.release()
@@ -89,17 +87,14 @@ class Hold:
 
 
 def hold(path: Path, where: str, value: str, remedy: str) -> Hold:
-    """Take a lock file. where, value: the field that it stands for, for the message.
-
-    Raises UserError that names the owner, where there is one that lives. Watches for half a minute where only that
-    can tell.
-    """
+    """Take a lock file. where, value: the field that it stands for, for the message. Raises UserError that names the
+    owner, where there is one that lives; watches for half a minute where only that can tell."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
         raise UserError(of_system(error)) from None
     try:
-        owner, alive = _owner(path), False
+        owner = _owner(path)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -114,29 +109,40 @@ def hold(path: Path, where: str, value: str, remedy: str) -> Hold:
             raise UserError(Problem(where, rule, remedy, value or None))
         os.ftruncate(descriptor, 0)
         return Hold(path, descriptor)
-    except OSError as error:
+    except (OSError, UserError) as error:
         os.close(descriptor)
+        if isinstance(error, UserError):
+            raise
         raise UserError(of_system(error) if error.filename else Problem(where, str(error), remedy, value)) from None
-    except UserError:
-        os.close(descriptor)
-        raise
+
+
+@contextlib.contextmanager
+def locked(folder: Path, title: str) -> Iterator[None]:
+    """Hold a folder, among the processes of this machine. Raises UserError (`title`) where another one writes to it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            problem = Problem(str(folder), "is being written by another process", "wait for it, or stop it")
+            raise UserError(problem, title) from None
+        except OSError:
+            pass  # some network file systems have no locks
+        yield
+    finally:
+        os.close(handle)
 
 
 def _still_counts(path: Path, owner: dict[str, Any]) -> bool:
     """Watch whether a lock file's owner counts up. Nobody else may be asked: it is another machine's."""
-    print(
-        f"{path} is held by {_described(owner)}; looking for {_WATCH_SECONDS:.0f} s whether that run still exists",
-        file=sys.stderr,
-        flush=True,
-    )
+    held = f"{path} is held by {_described(owner)}"
+    print(f"{held}; looking for {_WATCH_SECONDS:.0f} s whether that run still exists", file=sys.stderr, flush=True)
     end = time.monotonic() + _WATCH_SECONDS
     while time.monotonic() < end:
         time.sleep(0.5)
         now = _owner(path)
-        if now is None:
-            return False
-        if (now["token"], now["count"]) != (owner["token"], owner["count"]):
-            return True
+        if now is None or (now["token"], now["count"]) != (owner["token"], owner["count"]):
+            return now is not None
     return False
 
 

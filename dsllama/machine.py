@@ -114,12 +114,9 @@ def unusable_gpu() -> Problem | None:
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         kinds = torch.cuda.get_arch_list()
-        runs = any(
-            kind.startswith(f"sm_{major}") and int(kind[len(f"sm_{major}") :][:1] or 0) <= minor for kind in kinds
-        )
-        compiles = any(
-            kind.startswith("compute_") and int(kind[8:].rstrip("af")) <= 10 * major + minor for kind in kinds
-        )
+        codes = [kind.rstrip("af").partition("_") for kind in kinds]  # sm_90a: machine code, for major 9, minor 0
+        runs = any(kind == "sm" and code[:-1] == str(major) and int(code[-1]) <= minor for kind, _, code in codes)
+        compiles = any(kind == "compute" and int(code) <= 10 * major + minor for kind, _, code in codes)
         if kinds and not runs and not compiles:
             rule = f"{torch.__version__} has no code for {torch.cuda.get_device_name()} (sm_{major}{minor})"
             return Problem("torch", f"{rule}, only for {', '.join(kinds)}", _OTHER_TORCH)
@@ -129,11 +126,9 @@ def unusable_gpu() -> Problem | None:
         return None
     if torch.version.cuda is None:
         return Problem("torch", f"{torch.__version__} is a CPU build, but this machine has {gpus[0]}", _OTHER_TORCH)
-    driver = _nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader")
-    rule = f"{torch.__version__} cannot use {gpus[0]}: its CUDA {torch.version.cuda} needs a newer driver than "
-    return Problem(
-        "torch", rule + (driver[0] if driver else "the one that is here"), f"update the driver, or {_OTHER_TORCH}"
-    )
+    driver = _nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader") or ["the one that is here"]
+    rule = f"{torch.__version__} cannot use {gpus[0]}: its CUDA {torch.version.cuda} needs a newer driver"
+    return Problem("torch", f"{rule} than {driver[0]}", f"update the driver, or {_OTHER_TORCH}")
 
 
 _OTHER_TORCH = (
@@ -143,8 +138,6 @@ _OTHER_TORCH = (
 
 
 def _nvidia_smi(*words: str) -> list[str]:
-    if not shutil.which("nvidia-smi"):
-        return []
     try:
         told = subprocess.run(["nvidia-smi", *words], capture_output=True, text=True, check=False, timeout=60)
     except (OSError, subprocess.TimeoutExpired):

@@ -132,6 +132,7 @@ def _known_keys() -> Json:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     texts = list[str]
+    schedule = {"schedule": str, "training_steps": _Count, **_each("warmup_steps max_lr min_lr", _NotNegative)}
     return {
         **_each("train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps steps_per_print", _Count),
         **_each("gradient_clipping gradient_predivide_factor", _NotNegative),
@@ -144,14 +145,7 @@ def _known_keys() -> Json:
         "gradient_allreduce_op": str,
         "log_level": _Level,
         "optimizer": optimizer.KEYS,
-        "scheduler": {
-            "type": str,
-            "params": {
-                "schedule": str,
-                **_each("training_steps", _Count),
-                **_each("warmup_steps max_lr min_lr", _NotNegative),
-            },
-        },
+        "scheduler": {"type": str, "params": schedule},
         "fp16": _fields_of(DeepSpeedFP16Config) | {"fp16_master_weights_and_grads": bool},
         "bf16": _fields_of(DeepSpeedBF16Config),
         "data_types": {**_each("grad_accum_dtype param_dtype buffer_dtype", _Type), "keep_in_fp32_modules": texts},

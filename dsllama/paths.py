@@ -26,8 +26,7 @@ def parse_path(value: Any, any_bytes: bool = False) -> Any:
     if os.path.lexists(value):
         return value
     expanded = os.path.expandvars(os.path.expanduser(value))
-    unset = re.search(r"\$(\w+|\{\w+\})", expanded)
-    if unset:
+    if unset := re.search(r"\$(\w+|\{\w+\})", expanded):
         raise ValueError(f"must not name {unset[0]}, which the environment does not have")
     if re.match(r"~\w*(/|$)", expanded):
         raise ValueError(f"must not begin with {expanded.split('/')[0]}, a home that is not known")

@@ -16,6 +16,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from statistics import fmean, median_high
 from typing import Any
 
 import psutil
@@ -70,7 +71,7 @@ def quickstart(folder: Path, fresh: bool = False, ranks: int | None = None, over
     config_file = folder / "config.yaml"
     if done is not None and done.tokens >= config.training_tokens:
         _say(f"training     is finished already ({done.path}); `make quickstart ARGS=--fresh` starts it anew")
-        return _summarize(folder, config, config_file, ranks, time.monotonic() - begun)
+        return _summarize(folder, config, ranks, time.monotonic() - begun)
     if fresh:
         _set_aside(folder)
     write_own(config_file, yaml.safe_dump(config.to_dict(), sort_keys=False))
@@ -82,7 +83,7 @@ def quickstart(folder: Path, fresh: bool = False, ranks: int | None = None, over
         stopped = "stopped, with a checkpoint; `make quickstart` goes on from it"
         _say(stopped if code == EXIT_STOPPED else f"training ended with exit code {code}; what it said is above")
         return code
-    return _summarize(folder, config, config_file, ranks, time.monotonic() - begun)
+    return _summarize(folder, config, ranks, time.monotonic() - begun)
 
 
 def default_ranks(config: TrainingConfig) -> int:
@@ -143,8 +144,10 @@ def run_launcher(command: list[str]) -> int:
     except KeyboardInterrupt:
         _say("stopping after this update, with a checkpoint (Ctrl-C again stops at once)")
     try:
-        for rank in _ranks_of(process.pid):
-            rank.send_signal(signal.SIGINT)
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if any(word.startswith("--local_rank") for word in child.cmdline()):  # a rank; else some helper
+                    child.send_signal(signal.SIGINT)
         return process.wait()
     except KeyboardInterrupt:
         os.killpg(process.pid, signal.SIGKILL)
@@ -154,15 +157,13 @@ def run_launcher(command: list[str]) -> int:
 
 def check_torch() -> None:
     """Raise UserError where there is a GPU that the installed PyTorch cannot use."""
-    problem = None if os.environ.get("DS_ACCELERATOR") == "cpu" else unusable_gpu()
-    if problem:
+    if os.environ.get("DS_ACCELERATOR") != "cpu" and (problem := unusable_gpu()):
         raise UserError(problem)
 
 
 def _settings(overrides: list[str]) -> dict[str, Any]:
-    problems = [Problem(text, "must be FIELD=VALUE", "for example n_layers=6") for text in overrides if "=" not in text]
-    if problems:
-        raise UserError(problems)
+    if others := [text for text in overrides if "=" not in text]:
+        raise UserError(Problem(text, "must be FIELD=VALUE", "for example n_layers=6") for text in others)
     return {name: value_of(name, value) for name, _, value in (text.partition("=") for text in overrides)}
 
 
@@ -231,17 +232,13 @@ def _make_data(folder: Path, config: TrainingConfig) -> None:
         tokenizer = train_tokenizer([folder / "corpus"], tokenizer_path)
         _say(f"tokenizer    {tokenizer_path}: {tokenizer.vocab_size:,} tokens, byte-level BPE")
     manifest = encode([folder / "corpus"], tokenizer_path, Path(config.dataset_dir), shard_tokens=1_000_000)
-    _say(
-        f"shards       {config.dataset_dir}: {manifest.tokens:,} tokens of {manifest.documents:,} documents in "
-        f"{len(manifest.shards)} shards"
-    )
+    _say(f"shards       {config.dataset_dir}: {manifest.summary()}")
 
 
 def _set_aside(folder: Path) -> None:
     """Move an earlier training out of the way; nothing that was saved is deleted."""
     parts = [folder / name for name in ("checkpoints", "tensorboard", "log.csv", "log.png", "log.samples.txt")]
-    existing = [part for part in parts if part.exists()]
-    if existing:
+    if existing := [part for part in parts if part.exists()]:
         if (folder / "checkpoints").is_dir():
             other = "wait for its end, or give another --dir"
             hold(folder / "checkpoints" / LOCK, "--dir", str(folder), other).release()
@@ -252,7 +249,7 @@ def _set_aside(folder: Path) -> None:
         _say(f"the earlier run is kept in {aside}")
 
 
-def _summarize(folder: Path, config: TrainingConfig, config_file: Path, ranks: int, seconds: float) -> int:
+def _summarize(folder: Path, config: TrainingConfig, ranks: int, seconds: float) -> int:
     newest = newest_whole(config.ckpt_dir)
     rows = read_log(Path(config.log_file))
     if newest is None or not rows:
@@ -260,14 +257,13 @@ def _summarize(folder: Path, config: TrainingConfig, config_file: Path, ranks: i
         return 1
     first = float(rows[0]["loss"])
     tail = [float(row["loss"]) for row in rows[-max(1, len(rows) // 10) :]]  # one update's loss is noisy
-    last = sum(tail) / len(tail)
-    rates = sorted(float(row["tokens_per_second"]) for row in rows)
+    last, rate = fmean(tail), median_high(float(row["tokens_per_second"]) for row in rows)
     vocabulary = newest.manifest["vocab_size"]
-    train = f"deepspeed --num_gpus {ranks} launch/train.py --config {config_file}"
+    train = f"deepspeed --num_gpus {ranks} launch/train.py --config {folder / 'config.yaml'}"
     _say(f"""
 loss         {first:.3f} at the start (ln {vocabulary} = {math.log(vocabulary):.3f}), {last:.3f} at the end (mean of \
 the last {len(tail)} rows): {first - last:.3f} lower
-speed        {readable(rates[len(rates) // 2])} tokens per second (median), {config.precision} on {ranks} ranks, \
+speed        {readable(rate)} tokens per second (median), {config.precision} on {ranks} ranks, \
 ZeRO-{config.zero_stage}
 time         {readable_duration(seconds)} for this command
 checkpoint   {newest.path}
@@ -281,16 +277,6 @@ Next (in .venv/bin, or after `source .venv/bin/activate`):
   another model  make quickstart ARGS="--dir runs/deeper n_layers=6 max_lr=0.001"
   look closer    tensorboard --logdir {folder / "tensorboard"}""")
     return 0
-
-
-def _ranks_of(launcher: int) -> list[psutil.Process]:
-    """The training processes under a launcher: those that it gave a --local_rank."""
-    found = []
-    for child in psutil.Process(launcher).children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            if any(word.startswith("--local_rank") for word in child.cmdline()):
-                found.append(child)
-    return found
 
 
 if __name__ == "__main__":  # what `make` asks after it has installed PyTorch

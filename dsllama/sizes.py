@@ -37,20 +37,17 @@ def parse_count(value: Any) -> Any:
         return value
     # By decimals: 8.2e9 is a whole number, and the float 8.2 times 10**9 is none.
     exact = _exactly(value) if isinstance(value, str) else Decimal(value)
-    if exact.is_finite() and exact.adjusted() > 19:
+    if exact.is_finite() and not -(10**20) < exact < 2**63:
         raise ValueError("must be less than 2**63" if exact > 0 else "must not be so far below 0")
     if not exact.is_finite() or exact != exact.to_integral_value():
         raise ValueError(f"must be a whole number; {_EXAMPLES}")
-    if exact >= 2**63:
-        raise ValueError("must be less than 2**63")
     return int(exact)
 
 
 def _exactly(text: str) -> Decimal:
     written = text.strip().replace("_", "")
     try:
-        power = re.fullmatch(r"(\d{1,4})\s*\*\*\s*(-?\d{1,3})", written)
-        if power:
+        if power := re.fullmatch(r"(\d{1,4})\s*\*\*\s*(-?\d{1,3})", written):
             return Decimal(int(power[1])) ** int(power[2])
         if written and written[-1].upper() in _SUFFIXES:
             return Decimal(written[:-1]) * _SUFFIXES[written[-1].upper()]
@@ -62,8 +59,7 @@ def _exactly(text: str) -> Decimal:
 def nearest_multiples(value: int, of: int) -> list[int]:
     """The positive multiples of `of` just below and just above `value`, nearest first."""
     below = value // of * of
-    candidates = [n for n in (below, below + of) if n > 0]
-    return sorted(candidates, key=lambda n: abs(n - value))
+    return sorted(filter(None, (below, below + of)), key=lambda n: abs(n - value))
 
 
 def nearest_divisors(value: int, of: int) -> list[int]:

@@ -61,6 +61,12 @@ def transformers_twin(model: LLaMaTransformer) -> Any:
     return twin.eval()
 
 
+def from_huggingface(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """LlamaForCausalLM's weights under our names; where the head is tied, both names are there."""
+    ours = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+    return {"lm_head.weight": ours["embed_tokens.weight"], **ours}
+
+
 def random_tokens(*shape: int, vocab_size: int = 96, seed: int = 1) -> torch.Tensor:
     """Token ids, int64."""
     return torch.randint(0, vocab_size, shape, generator=torch.Generator().manual_seed(seed))

@@ -13,6 +13,7 @@ import codecs
 import io
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 CHUNK_CHARACTERS = 2**20
@@ -29,10 +30,7 @@ _CHUNK_BYTES = 2**20
 
 
 def chunks_of_text(text: str) -> Iterator[tuple[str, bool]]:
-    """(chunk, whether it is the last) of a text in memory; a text of up to CHUNK_CHARACTERS is one chunk."""
-    if len(text) <= CHUNK_CHARACTERS:
-        yield text, True
-        return
+    """(chunk, whether it is the last) of a text in memory; a text of less than CHUNK_CHARACTERS is one chunk."""
     position = 0
 
     def read(characters: int) -> str:
@@ -55,18 +53,14 @@ def chunks_of_file(path: Path) -> Iterator[tuple[str, bool, int]]:
 
 def utf8_error(path: Path) -> tuple[int, int] | None:
     """Where a file stops being UTF-8: (line, from 1, offending byte). Reads it in chunks. Raises OSError."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
     line = 1
     with path.open("rb") as file:
-        while True:
-            chunk = file.read(_CHUNK_BYTES)
-            try:
-                text = decoder.decode(chunk, final=not chunk)
-            except UnicodeDecodeError as error:
-                return line + error.object.count(b"\n", 0, error.start), error.object[error.start]
-            if not chunk:
-                return None
-            line += text.count("\n")
+        try:
+            for text in codecs.iterdecode(iter(partial(file.read, _CHUNK_BYTES), b""), "utf-8"):
+                line += text.count("\n")
+        except UnicodeDecodeError as error:
+            return line + error.object.count(b"\n", 0, error.start), error.object[error.start]
+    return None
 
 
 def _chunks(read: Callable[[int], str]) -> Iterator[tuple[str, bool]]:
@@ -74,28 +68,22 @@ def _chunks(read: Callable[[int], str]) -> Iterator[tuple[str, bool]]:
 
     Where the cuts fall depends on the text alone.
     """
-    parts: list[str] = []
+    held = ""
     while True:
-        wanted = CHUNK_CHARACTERS - sum(map(len, parts)) % CHUNK_CHARACTERS
+        wanted = CHUNK_CHARACTERS - len(held) % CHUNK_CHARACTERS
         fresh = read(wanted)
-        # A word may begin with the first letter of what is new.
-        looked_at = (parts[-1][-1:] if parts else "") + fresh
+        text = held + fresh
         if len(fresh) < wanted:
-            yield "".join([*parts, fresh]), True
+            yield text, True
             return
-        cut = _last_word_begin(looked_at)
-        if cut is None:
-            parts.append(fresh)
-            continue
-        place = cut - (len(looked_at) - len(fresh))
-        yield "".join([*parts, fresh[:place]]), False
-        parts = [fresh[place:]] if fresh[place:] else []
+        if cut := _last_word_begin(text, len(held)):
+            yield text[:cut], False
+        held = text[cut:]
 
 
-def _last_word_begin(text: str) -> int | None:
-    """The last place to cut a text at; nearly always its end is enough to look at."""
-    for begin in (max(0, len(text) - 4096), 0):
-        found = [match.start() for match in WORD_BEGINS.finditer(text, begin)]
-        if found:
+def _last_word_begin(text: str, first: int) -> int:
+    """The last place, from `first` on, to cut a text at; 0 for none. Nearly always its end is enough to look at."""
+    for begin in (max(first, len(text) - 4096), first):
+        if found := [match.start() for match in WORD_BEGINS.finditer(text, begin)]:
             return found[-1]
-    return None
+    return 0

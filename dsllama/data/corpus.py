@@ -13,26 +13,13 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from dsllama.errors import Problem, UserError, remedy_for
+from dsllama.errors import Problem, UserError, of_system
 from dsllama.files import write_atomically
 from dsllama.sizes import readable
 
 # Tests and demonstrations, what some builds leave out, what is installed besides, and the topics a second time.
-_LEFT_OUT = frozenset(
-    (
-        "test",
-        "tests",
-        "idlelib",
-        "lib2to3",
-        "turtledemo",
-        "ensurepip",
-        "tkinter",
-        "distutils",
-        "site-packages",
-        "dist-packages",
-        "pydoc_data",
-    )
-)
+_LEFT_OUT = {"test", "tests", "idlelib", "turtledemo", "lib2to3", "ensurepip", "tkinter", "distutils"}
+_LEFT_OUT |= {"site-packages", "dist-packages", "pydoc_data"}
 _SMALLEST = 5_000_000
 
 
@@ -58,8 +45,7 @@ def gather_stdlib_corpus(out: str | Path) -> Path:
         lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for _, text in documents)
         write_atomically(path, "".join(lines))
     except OSError as error:
-        remedy = remedy_for(error, "give another folder")
-        raise UserError(Problem(str(out), f"cannot be written ({error.strerror})", remedy)) from None
+        raise UserError(of_system(error, "cannot be written", str(out), "give another folder")) from None
     return path
 
 

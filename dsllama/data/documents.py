@@ -27,14 +27,9 @@ from dsllama.errors import Problem, UserError, did_you_mean, remedy_for
 
 logger = logging.getLogger("dsllama")
 
-_LINES = (".jsonl", ".ndjson", ".json")  # a packed .json is a .jsonl by another name; a plain one is seldom
-SUFFIXES = (
-    ".txt",
-    ".jsonl",
-    ".ndjson",
-    ".parquet",
-    *(kind + packed for packed in PACKED for kind in (".txt", *_LINES)),
-)
+_PLAIN = (".txt", ".jsonl", ".ndjson")
+# A packed .json is a .jsonl by another name; a plain one is seldom.
+SUFFIXES = (*_PLAIN, ".parquet", *(kind + packed for packed in PACKED for kind in (*_PLAIN, ".json")))
 _SKIP = "mend it, or leave it out with --on_error skip"
 _FILES_PER_BLOCK = 500
 _TEXTS = (".txt", *(f".txt{packed}" for packed in PACKED))
@@ -105,11 +100,8 @@ class Block:
             if isinstance(item, BadRecord):
                 found.bad_records.append(item)
             elif self.cut and item.starts and item.ends:
-                chunks = list(chunks_of_text(item.text))
-                found.documents += [
-                    item._replace(text=text, starts=number == 0, ends=ends)
-                    for number, (text, ends) in enumerate(chunks)
-                ]
+                for number, (text, ends) in enumerate(chunks_of_text(item.text)):
+                    found.documents.append(item._replace(text=text, starts=number == 0, ends=ends))
             else:
                 found.documents.append(item)
         return found
@@ -117,10 +109,7 @@ class Block:
 
 def input_files(inputs: Iterable[str | Path]) -> list[Path]:
     """The files behind a list of files and folders, folders searched to any depth and sorted, hidden files left out.
-
-    Raises UserError with all that is wrong: what does not exist or is named twice, a suffix that is not read, a
-    folder with nothing to read, a package that a format needs and that is not installed.
-    """
+    Raises UserError with all that is wrong."""
     files: list[Path] = []
     problems: list[Problem] = []
     known = f"known suffixes: {', '.join(SUFFIXES)}"
@@ -164,10 +153,8 @@ def no_documents(files: Sequence[Path], skipped: Counter[str]) -> UserError:
 def blocks(
     files: Sequence[Path], text_field: str = "text", start: Cursor | None = None, cut: bool = True
 ) -> Iterator[Block]:
-    """Cut the input into blocks, from a `Block.following` of an earlier call on, or from its beginning.
-
-    cut: let documents that are larger than a block pass in chunks; else each is whole, and has to fit in memory.
-    """
+    """Cut the input into blocks, from a `Block.following` of an earlier call on, or from its beginning. cut: let
+    documents that are larger than a block pass in chunks; else each is whole, and has to fit in memory."""
     start = start or Cursor()
     small: list[str] = []
     small_bytes = 0
@@ -192,7 +179,7 @@ def blocks(
 def _blocks_of(path: Path, size: int, text_field: str, cut: bool) -> Iterator[Block]:
     """The blocks of one file; what stops its reading half-way is a bad record in the last of them."""
     name = path.name.lower()
-    anything = False
+    block: Block | None = None
     bad = BadRecord("empty file", Problem(str(path), "is empty"))
     try:
         if name.endswith(".parquet"):
@@ -200,7 +187,6 @@ def _blocks_of(path: Path, size: int, text_field: str, cut: bool) -> Iterator[Bl
         else:
             found = _text_blocks(path, size, cut) if name.endswith(_TEXTS) else _line_blocks(path, text_field)
         for block in found:
-            anything = True
             yield block
     except DamagedFile as error:
         bad = BadRecord("damaged file", Problem(str(path), f"cannot be unpacked ({error})", "fetch it again"))
@@ -209,7 +195,7 @@ def _blocks_of(path: Path, size: int, text_field: str, cut: bool) -> Iterator[Bl
     except OSError as error:
         bad = _unreadable(str(path), error)
     else:
-        if anything:
+        if block is not None:
             return
     yield Block(partial(tuple, (bad,)))
 
@@ -225,8 +211,7 @@ def _text_blocks(path: Path, size: int, cut: bool) -> Iterator[Block]:
         yield Block(partial(map, _read_text, [str(path)]), size)
         return
     # Looked through first, so that a document is left out wholly or not at all.
-    error = utf8_error(path)
-    if error is not None:
+    if error := utf8_error(path):
         yield Block(partial(tuple, (_not_utf8(f"{path}:{error[0]}", error[1]),)), size)
         return
     line, starts, before = 1, True, 0
@@ -241,10 +226,9 @@ def _line_blocks(path: Path, text_field: str) -> Iterator[Block]:
         if data is None:
             problem = Problem(f"{path}:{line}", f"is a line of more than {LONGEST_LINE >> 20} MiB", _SKIP)
             yield Block(partial(tuple, (BadRecord("line too long", problem),)), position - before)
-            line, before = line + 1, position
         else:
             yield Block(partial(_read_lines, data, str(path), line, text_field), position - before)
-            line, before = line + data.count(b"\n"), position
+        line, before = line + (1 if data is None else data.count(b"\n")), position
 
 
 def _row_blocks(path: Path, size: int, text_field: str) -> Iterator[Block]:
@@ -303,8 +287,8 @@ def _checked(value: Any, file: str, number: int, where: str, text_field: str) ->
     if value is None:
         return BadRecord("no text", Problem(where, f"has no text: {text_field!r} is null", _SKIP))
     if not isinstance(value, str):
-        kind = type(value).__name__
-        return BadRecord("no text", Problem(where, f"{text_field!r} is of type {kind}, not text", _SKIP))
+        rule = f"{text_field!r} is of type {type(value).__name__}, not text"
+        return BadRecord("no text", Problem(where, rule, _SKIP))
     if not value:
         return _empty(where)
     try:

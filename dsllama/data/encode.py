@@ -12,10 +12,9 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -25,11 +24,12 @@ from dsllama.data.documents import Block, Cursor, blocks, input_files, no_docume
 from dsllama.data.fast_bpe import FastEncoder
 from dsllama.data.manifest import TITLE, Manifest, token_dtype
 from dsllama.data.readers import BLOCK_BYTES
-from dsllama.data.shards import ShardWriter, locked
+from dsllama.data.shards import ShardWriter
 from dsllama.data.stream import TokenStream
 from dsllama.data.tokenizer import Tokenizer
 from dsllama.data.workers import WorkerDied, WorkerPool
 from dsllama.errors import Problem, UserError, remedy_for
+from dsllama.locks import locked
 from dsllama.machine import usable_cores
 
 _GOES_ON = "run the same command again: it goes on where it stopped"
@@ -38,8 +38,7 @@ _MOST_PROBLEMS = 100
 _SAMPLE = "Two words, 3 h\u00e9llo \u4f60 (x)!"
 
 
-@dataclass(frozen=True)
-class Encoded:
+class Encoded(NamedTuple):
     """What a worker made of a block: the ids of its documents, and what gave none."""
 
     ids: np.ndarray
@@ -65,7 +64,6 @@ def encode(
     workers: processes, None for one per core; the result does not depend on it. shard_tokens: ids per shard.
     on_error: "stop" raises at bad input, "skip" leaves it out and counts it by kind in the manifest.
     overwrite: remove an earlier data set of ours from `out_dir` first. progress: a bar and notes on stderr.
-
     A finished data set of the same input and settings is returned as it is; an interrupted one goes on where it
     stopped. Raises UserError for bad input, a folder that holds something else, a full disk, a worker that died.
     """
@@ -90,7 +88,7 @@ def encode(
     say: Callable[[str], None] = partial(print, file=sys.stderr) if progress else lambda _: None
     with _explained(out_dir):
         out_dir.mkdir(parents=True, exist_ok=True)
-        with locked(out_dir):
+        with locked(out_dir, TITLE):
             new = Manifest(
                 dtype=token_dtype(tokenizer.vocab_size),
                 vocab_size=tokenizer.vocab_size,
@@ -146,7 +144,7 @@ def _write_shards(
 
     manifest.save(out_dir)
     writer = new_writer()
-    make = partial(BlockEncoder, tokenizer.backend.to_str())
+    make = partial(_block_encoder, tokenizer.backend.to_str())
     done, hidden = sum(sizes[: place.file]), not progress or None
     bar = tqdm(total=total, initial=done, unit="B", unit_scale=True, desc="encoding", disable=hidden)
     try:
@@ -172,25 +170,23 @@ def _write_shards(
     return skipped
 
 
-class BlockEncoder:
+def _block_encoder(tokenizer_json: str) -> Callable[[Block], Encoded]:
     """What a worker does: a block of input to ids."""
+    tokenizer = Tokenizer(tokenizer_json, Path())
+    to_ids, dtype = FastEncoder(tokenizer), np.dtype(token_dtype(tokenizer.vocab_size))
+    sos, eos = np.array([tokenizer.sos_id], dtype), np.array([tokenizer.eos_id], dtype)
 
-    def __init__(self, tokenizer_json: str) -> None:
-        tokenizer = Tokenizer(tokenizer_json, Path())
-        self._encode = FastEncoder(tokenizer)
-        self._dtype = np.dtype(token_dtype(tokenizer.vocab_size))
-        self._sos = np.array([tokenizer.sos_id], self._dtype)
-        self._eos = np.array([tokenizer.eos_id], self._dtype)
-
-    def __call__(self, block: Block) -> Encoded:
+    def encode_block(block: Block) -> Encoded:
         found = block.read()
-        parts: list[np.ndarray] = [np.empty(0, self._dtype)]
-        for document, ids in zip(found.documents, self._encode([d.text for d in found.documents]), strict=True):
-            parts += [self._sos] if document.starts else []
-            parts.append(ids.astype(self._dtype))
-            parts += [self._eos] if document.ends else []
+        parts: list[np.ndarray] = [np.empty(0, dtype)]
+        for document, ids in zip(found.documents, to_ids([d.text for d in found.documents]), strict=True):
+            parts += [sos] if document.starts else []
+            parts.append(ids.astype(dtype))
+            parts += [eos] if document.ends else []
         problems = found.problems[:_MOST_PROBLEMS]
         return Encoded(np.concatenate(parts), found.skipped, problems, block.following, block.disk_bytes)
+
+    return encode_block
 
 
 @contextmanager
@@ -226,5 +222,4 @@ def _check(out_dir: Path, workers: int, shard_tokens: int, on_error: str) -> Non
 
 def _stamps(files: list[Path]) -> list[list[Any]]:
     """By which the same input is known again: path, size in bytes, time of the last change in nanoseconds."""
-    stats = [(path.resolve(), path.stat()) for path in files]
-    return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+    return [[str(path.resolve()), (stat := path.stat()).st_size, stat.st_mtime_ns] for path in files]

@@ -26,6 +26,12 @@ _SAMPLE = (
 )
 
 
+# GPT-2's table, the printable letter that stands for each byte: itself, or else one from 256 upward.
+_OTHERS = [*range(33), *range(127, 161), 173]
+_LETTERS = {chr(byte): byte for byte in range(256) if byte not in _OTHERS}
+_LETTERS |= {chr(256 + n): byte for n, byte in enumerate(_OTHERS)}
+
+
 class FastEncoder:
     """Encodes many texts to ids.
 
@@ -90,7 +96,7 @@ def _is_plain(described: dict[str, Any]) -> bool:
 
 def _ids_follow_merges(tokenizer: Tokenizer, model: dict[str, Any]) -> bool:
     vocab: dict[str, int] = model["vocab"]
-    if not vocab.keys() >= _letters().keys():
+    if not vocab.keys() >= _LETTERS.keys():
         return False
     special = tokenizer.backend.get_added_tokens_decoder()
     learned = {token: number for token, number in vocab.items() if len(token) > 1 and number not in special}
@@ -102,18 +108,10 @@ def _ids_follow_merges(tokenizer: Tokenizer, model: dict[str, Any]) -> bool:
 
 
 def _tiktoken_encoding(tokenizer: Tokenizer) -> tiktoken.Encoding:
-    letters = _letters()
     special = tokenizer.backend.get_added_tokens_decoder()
     ranks = {
-        bytes(letters[letter] for letter in token): number
+        bytes(_LETTERS[letter] for letter in token): number
         for token, number in tokenizer.backend.get_vocab(with_added_tokens=True).items()
         if number not in special
     }
     return tiktoken.Encoding("dsllama", pat_str=_GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
-
-
-def _letters() -> dict[str, int]:
-    """GPT-2's table, the printable letter that stands for each byte: itself, or else one from 256 upward."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}

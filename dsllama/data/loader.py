@@ -16,6 +16,7 @@ import logging
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -38,12 +39,11 @@ _PLANNED_SAMPLES = 4096  # permuting one index costs 75 us, permuting 4,096 toge
 logger = logging.getLogger("dsllama.data")
 
 
-class DatasetLoader:
+class DatasetLoader(AbstractContextManager["DatasetLoader", None]):
     """The batches of one rank.
 
     batch: B, rows per batch. seq_len: T, tokens per row. process_rank of num_processes: whose rows. dataset_dir:
-    folder of `.npy` shards, see TokenStream, or such a stream that is open already. device: where the batches go,
-    "cuda", "cuda:1", "cpu".
+    folder of `.npy` shards, see TokenStream, or such a stream that is open already. device: where the batches go.
     shuffle: visit the samples in a random order, another one each epoch, keyed by seed.
     validation_tokens: so many at the end of the stream are held out; 0 for none. split: "train" is all but the
     held-out part; "validation" is that part alone, never shuffled.
@@ -53,7 +53,6 @@ class DatasetLoader:
     Attributes: stream; tokens of the part; samples_per_epoch, ceil((tokens - 1) / T); consumed_samples, the
     position: samples that all ranks together have been given. `len()` is the micro-steps of one pass.
     Raises UserError with everything that is wrong with the arguments, or with the data set.
-
     A thread reads ahead from the first get_batch on, until `close`, the end of a `with`, or of the program.
     """
 
@@ -109,11 +108,6 @@ class DatasetLoader:
         self._reader: ThreadPoolExecutor | None = None
         self._ahead: deque[tuple[int, Future[Batch]]] = deque()
 
-    @property
-    def epoch(self) -> int:
-        """Whole passes over the part before the next sample: 0 during the first."""
-        return self.consumed_samples // self.samples_per_epoch
-
     def __len__(self) -> int:
         """Micro-steps in which all ranks together pass over the part once; the last may not be full."""
         return -(-self.samples_per_epoch // self._batches.global_micro_batch)
@@ -166,13 +160,12 @@ class DatasetLoader:
 
         Raises UserError with each value that differs where it must not: then the position means other samples.
         """
-        missing = [name for name in self.state_dict() if name not in state]
-        if missing:
-            rule = f"lacks {', '.join(missing)}"
+        if missing := self.state_dict().keys() - state.keys():
+            rule = f"lacks {', '.join(sorted(missing))}"
             raise UserError(Problem("data position", rule, "resume from another checkpoint"), _RESUME)
         saved = "the position was saved with {!r}, this run has {!r}"
         problems = [
-            Problem(name, saved.format(state[name], value), _REMEDIES.get(name, _SAME))
+            Problem(name, saved.format(state[name], value), _REMEDIES.get(name, "set it as it was, or start a new run"))
             for name, value in self._identity.items()
             if state[name] != value
         ]
@@ -187,15 +180,10 @@ class DatasetLoader:
             self._reader.shutdown(cancel_futures=True)
             self._reader = None
 
-    def __enter__(self) -> DatasetLoader:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def _to_device(self, batch: Batch) -> Batch:
-        if self.device.type == "cpu":
-            return batch
         # The pinned sources may be dropped at once: torch's allocator keeps their memory until it has been read.
         x, y = batch
         return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
@@ -272,9 +260,11 @@ class _Batches:
             flat = self.stream.read(self.start + first, self.start + last + length + 1)
             rows = np.ndarray((batch, length + 1), flat.dtype, flat, strides=(length * flat.itemsize, flat.itemsize))
         else:
-            rows = self._row_by_row(offsets_B)
-        outside = outside_vocabulary(rows, self.stream.vocab_size)
-        if outside is not None:
+            rows = np.zeros((batch, length + 1), self.stream.dtype)  # which stay 0 where the part has ended
+            for row, offset in zip(rows, offsets_B.tolist(), strict=True):
+                stop = min(offset + length + 1, self.tokens)
+                row[: stop - offset] = self.stream.read(self.start + offset, self.start + stop)
+        if (outside := outside_vocabulary(rows, self.stream.vocab_size)) is not None:
             row, column = np.unravel_index(int(outside.argmax()), outside.shape)
             position = self.start + int(offsets_B[row]) + int(column)
             raise UserError(self.stream.vocabulary_problem(position), "the data set cannot be used")
@@ -286,22 +276,12 @@ class _Batches:
         y[...] = rows[:, 1:]
         for row in np.flatnonzero(offsets_B + length >= self.tokens):
             targets = self.tokens - 1 - int(offsets_B[row])
-            x[row, targets:] = 0
-            y[row, targets:] = IGNORE_INDEX
+            x[row, targets:], y[row, targets:] = 0, IGNORE_INDEX
         return tokens[0], tokens[1]
-
-    def _row_by_row(self, offsets_B: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-        """(B, T + 1) tokens, zeros where the part has ended."""
-        rows = np.zeros((len(offsets_B), self.seq_len + 1), self.stream.dtype)
-        for row, offset in zip(rows, offsets_B.tolist(), strict=True):
-            stop = min(offset + self.seq_len + 1, self.tokens)
-            row[: stop - offset] = self.stream.read(self.start + offset, self.start + stop)
-        return rows
 
 
 _TITLE = "the data loader cannot start"
 _RESUME = "the data cannot go on from this position"
-_SAME = "set it as it was, or start a new run"
 _REMEDIES = {"fingerprint": "this is not the data set that the run was trained on: give that one, or start a new run"}
 
 

@@ -63,6 +63,10 @@ class Manifest:
     def documents(self) -> int:
         return sum(shard.documents for shard in self.shards)
 
+    def summary(self) -> str:
+        """How much it is, for people."""
+        return f"{self.tokens:,} tokens of {self.documents:,} documents in {len(self.shards)} shards"
+
     @property
     def fingerprint(self) -> str:
         """Identity of the token stream: its dtype and each shard's length and checksum, in order."""
@@ -70,13 +74,8 @@ class Manifest:
 
     def save(self, folder: Path) -> None:
         """Write `manifest.json` in one step: a reader sees the old one or the new one, never half of it."""
-        content = {
-            "format": FORMAT,
-            "tokens": self.tokens,
-            "documents": self.documents,
-            "fingerprint": self.fingerprint,
-            **asdict(self),
-        }
+        derived = {"tokens": self.tokens, "documents": self.documents, "fingerprint": self.fingerprint}
+        content = {"format": FORMAT, **derived, **asdict(self)}
         content["digest"] = digest(content)
         write_atomically(folder / MANIFEST_NAME, json.dumps(content, indent=1))
 
@@ -127,19 +126,16 @@ class Manifest:
                 (folder / name).unlink(missing_ok=True)
             saved = None
         if saved is None or not (saved.shards or saved.resume is None):
-            others = sorted(file.name for file in folder.glob("*.npy"))
-            if others:
+            if others := sorted(file.name for file in folder.glob("*.npy")):
                 rule = f"holds {others[0]} already, not from an encoding that could go on"
                 raise UserError(Problem(str(folder), rule, _ELSEWHERE), TITLE)
             return new
         if saved.resume is not None and saved.identity["on_error"] == "stop":
             # Nothing was left out so far, so that "skip", from here on, gives what it would have from the beginning.
             saved.identity["on_error"] = new.identity["on_error"]
-        changes = list(_changes(saved.identity, new.identity))
-        if changes:
+        if changes := list(_changes(saved.identity, new.identity)):
             raise UserError([Problem(str(folder), f"was begun otherwise: {c}", _ANEW) for c in changes], TITLE)
-        gone = [shard.file for shard in saved.shards if not (folder / shard.file).is_file()]
-        if gone:
+        if gone := [shard.file for shard in saved.shards if not (folder / shard.file).is_file()]:
             raise UserError([Problem(str(folder / file), "is gone", _ANEW) for file in gone], TITLE)
         return saved
 
@@ -162,8 +158,5 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
             yield f"{file} {'has changed since' if file in before and file in after else what}"
     if before == after and old["input"] != new["input"]:
         yield "the files were in another order"
-    yield from (
-        f"{name} was {old.get(name)!r}, now {new[name]!r}"
-        for name in new
-        if name != "input" and old.get(name) != new[name]
-    )
+    changed = (name for name in new if name != "input" and old.get(name) != new[name])
+    yield from (f"{name} was {old.get(name)!r}, now {new[name]!r}" for name in changed)

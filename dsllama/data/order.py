@@ -23,9 +23,7 @@ _U64 = np.uint64
 def permute(index: npt.NDArray[Any], n: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
     """The sample at place `index` of the order of one epoch.
 
-    index: integers in [0, n), of any shape; the result has the same shape (int64). For a fixed (n, seed, epoch) this
-    is a bijection on [0, n); another seed or epoch gives another one.
-    n: number of samples, up to 2**62.
+    index: integers in [0, n), of any shape; the result has the same shape (int64). n: number of samples, up to 2**62.
 
     Feistel network over the mixed-radix digits of the index with modular addition, and cycle walking: Black
     and Rogaway, "Ciphers with Arbitrary Finite Domains" (2002). The domain exceeds n by less than its square

@@ -5,6 +5,7 @@ A compressed file that was cut off looks, to most readers, like one that simply 
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import sys
 import zlib
@@ -122,12 +123,8 @@ def _values(column: Any) -> list[Any]:
         values = column.cast("binary").to_pylist()
     except OverflowError:  # of a date beyond Python's
         values = [0] * len(column)
-    # Spark and Impala do not mark their text as such.
-    return [_text_or_bytes(value) if isinstance(value, bytes) else value for value in values]
-
-
-def _text_or_bytes(value: bytes) -> str | bytes:
-    try:
-        return value.decode("utf-8")
-    except UnicodeDecodeError:
-        return value
+    for number, value in enumerate(values):
+        if isinstance(value, bytes):  # Spark and Impala do not mark their text as such
+            with contextlib.suppress(UnicodeDecodeError):
+                values[number] = value.decode("utf-8")
+    return values

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import io
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from dsllama.data.manifest import TITLE, Shard, shard_paths
-from dsllama.errors import Problem, UserError
+from dsllama.data.manifest import Shard, shard_paths
 from dsllama.files import sha256
 
 
@@ -70,20 +66,3 @@ class ShardWriter:
         descr = np.lib.format.dtype_to_descr(self._dtype)
         np.lib.format.write_array_header_1_0(buffer, {"descr": descr, "fortran_order": False, "shape": (tokens,)})
         return buffer.getvalue()
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process. Raises UserError where another one is encoding into it."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            problem = Problem(str(folder), "is being written by another process", "wait for it, or stop it")
-            raise UserError(problem, TITLE) from None
-        except OSError:
-            pass  # some network file systems have no locks
-        yield
-    finally:
-        os.close(handle)

@@ -3,13 +3,13 @@
     folder -> list of shards (manifest, or all *.npy by name) -> headers and samples checked -> prefix sums -> read
 
 A shard is a one-dimensional `.npy` file. Shards are memory-mapped, never loaded, and only the last few in use
-are kept open, so a data set may have many thousand of them. Opening costs a header and at most a few dozen
-small reads per shard; everything that is wrong with the folder comes in one UserError.
+are kept open, so a data set may have many thousand of them. Opening costs a few dozen small reads per shard at most.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from bisect import bisect_right
 from collections import defaultdict
 from dataclasses import dataclass
@@ -45,10 +45,9 @@ class TokenStream:
     """All shards of a folder, end to end.
 
     dataset_dir: folder with `.npy` shards. With a `manifest.json` its list of shards is the stream, and every
-    shard must be as it says; without one, all `*.npy` files sorted by name, other files ignored.
+    shard must be as it says; without one, all `*.npy` files sorted by name.
     vocab_size: ids must lie below it; None takes the manifest's, or checks only that none is negative. Ids are
     checked on samples of each shard here, and on every batch by the DatasetLoader.
-
     Attributes: tokens (length of the stream), dtype, vocab_size, and fingerprint, the identity of the content:
     the manifest's, or else one of the shards' lengths, dtype and sampled bytes, whatever the files are called.
     Raises UserError with everything that is wrong with the folder.
@@ -78,7 +77,13 @@ class TokenStream:
                 samples.append(_sample(shard, samples_per_shard, self.vocab_size))
             except UserError as error:
                 problems += error.problems
-        problems += _mixed_dtypes(self.dataset_dir, self._shards)
+        by_dtype = defaultdict(list)
+        for shard in self._shards:
+            by_dtype[shard.dtype].append(shard.path.name)
+        if len(by_dtype) > 1:
+            found = ", ".join(f"{dtype} in {len(names)} such as {names[0]}" for dtype, names in by_dtype.items())
+            rule = f"its shards must have one dtype, and have {found}"
+            problems.append(Problem("dataset_dir", rule, "encode them together", str(dataset_dir)))
         if problems:
             raise UserError(problems, _TITLE)
 
@@ -143,8 +148,7 @@ def _list_shards(folder: Path, manifest: Manifest | None) -> list[tuple[Path, Ma
         rule = "its manifest lists no shards"
     else:
         # As in a shell's *.npy, names with a leading dot are left out: file managers put their own files there.
-        names = sorted(path.name for path in folder.glob("*.npy") if not path.name.startswith("."))
-        listed = [(folder / name, None) for name in names if not (folder / name).is_dir()]
+        listed = [(path, None) for path in sorted(folder.glob("[!.]*.npy")) if not path.is_dir()]
         rule = "holds no .npy files"
     if not listed:
         raise UserError(Problem("dataset_dir", rule, _ENCODE, str(folder)), _TITLE)
@@ -171,7 +175,7 @@ def _open_shard(path: Path, expected: ManifestShard | None, manifest: Manifest |
         raise UserError(Problem(str(path), rule, _REPLACE)) from None
 
     problems: list[Problem] = []
-    tokens = shape[0] if len(shape) == 1 else int(np.prod(shape, dtype=object))
+    tokens = math.prod(shape)
     if dtype.hasobject:
         rule = "holds Python objects, which are never loaded"
         problems.append(Problem(str(path), rule, "save it as an array of uint16"))
@@ -210,8 +214,7 @@ def _sample(shard: _Shard, blocks: int, vocab_size: int | None) -> str:
             content = file.read(length * shard.dtype.itemsize)
             contents.update(content)
             tokens = np.frombuffer(content, shard.dtype)
-            outside = outside_vocabulary(tokens, vocab_size)
-            if outside is not None:
+            if (outside := outside_vocabulary(tokens, vocab_size)) is not None:
                 first = int(outside.argmax())
                 raise UserError(_outside_problem(shard.path, start + first, int(tokens[first]), vocab_size))
     return contents.hexdigest()
@@ -229,17 +232,6 @@ def _outside_problem(path: Path, offset: int, token: int, vocab_size: int | None
     rule = "outside the vocabulary" + ("" if vocab_size is None else f" (0 to {vocab_size - 1:,})")
     remedy = "train with the tokenizer that encoded it, or encode it again with this one"
     return Problem(str(path), f"token {offset:,} of the file is {token:,}, {rule}", remedy)
-
-
-def _mixed_dtypes(folder: Path, shards: list[_Shard]) -> list[Problem]:
-    by_dtype = defaultdict(list)
-    for shard in shards:
-        by_dtype[shard.dtype].append(shard.path.name)
-    if len(by_dtype) < 2:
-        return []
-    found = ", ".join(f"{dtype} in {len(names)} such as {names[0]}" for dtype, names in by_dtype.items())
-    rule = f"its shards must have one dtype, and have {found}"
-    return [Problem("dataset_dir", rule, "encode them together", str(folder))]
 
 
 def _map_shard(shards: list[_Shard], number: int) -> npt.NDArray[Any]:

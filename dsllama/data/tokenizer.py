@@ -17,7 +17,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from dsllama.data.documents import blocks, input_files, no_documents
-from dsllama.errors import Problem, UserError, remedy_for
+from dsllama.errors import Problem, UserError, of_system
 from dsllama.files import digest, write_atomically
 
 SPECIAL_TOKENS = ["<SOS>", "<EOS>", "<PAD>", "<UNK>", "<SOU>", "<EOU>", "<SOA>", "<EOA>", "<SOT>", "<EOT>"]
@@ -35,20 +35,18 @@ _REMEDY = "train one with `dsllama tokenizer TEXT --out FILE`"
 
 
 class Tokenizer:
-    """Text to token ids and back. content: the file's text; vocab_size: number of ids; fingerprint: identity of the
-    content."""
+    """Text to token ids and back. content: the file's text; fingerprint: its identity; vocab_size: number of ids."""
 
     def __init__(self, content: str, path: Path) -> None:
-        backend = tokenizers.Tokenizer.from_str(content)
-        # A literal "<EOS>" in raw text is text, never the special id.
-        backend.encode_special_tokens = True
-        backend.no_truncation()
-        backend.no_padding()
-        self.backend = backend
         self.path, self.content = path, content
-        self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self.fingerprint = digest(json.loads(content))
-        added = backend.get_added_tokens_decoder().items()
+        self.backend = tokenizers.Tokenizer.from_str(content)
+        # A literal "<EOS>" in raw text is text, never the special id.
+        self.backend.encode_special_tokens = True
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.vocab_size: int = max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+        added = self.backend.get_added_tokens_decoder().items()
         special = {token.content: number for number, token in added if token.special}
         self.sos_id: int = special["<SOS>"]
         self.eos_id: int = special["<EOS>"]
@@ -62,8 +60,7 @@ class Tokenizer:
         except FileNotFoundError:
             raise _refused(path, "there is no such file") from None
         except OSError as error:
-            problem = Problem("tokenizer_path", f"cannot be read ({error.strerror})", remedy_for(error), str(path))
-            raise UserError(problem) from None
+            raise UserError(of_system(error, "cannot be read", "tokenizer_path", value=str(path))) from None
         except KeyError as error:
             raise _refused(path, f"lacks the special token {error.args[0]}") from None
         except Exception as error:  # the library raises a bare Exception for whatever it cannot parse
@@ -97,9 +94,8 @@ def train_tokenizer(
 ) -> Tokenizer:
     """Train a byte-level BPE on raw text and save it to `out`, one JSON file that transformers opens as well.
 
-    Of more than 128 MiB of text, a sample of about that much is used, spread evenly over the whole input. A small text
-    may give fewer merges than asked for: the result's vocab_size says. on_error: "stop" or "skip" bad input.
-    Raises UserError for bad input and for an `out` that exists.
+    Of more than 128 MiB of text, a sample is used. A small text may give fewer merges than asked for: the result's
+    vocab_size says. on_error: "stop" or "skip" bad input. Raises UserError for bad input and for an `out` that exists.
     """
     out = Path(out)
     problems = []
@@ -112,10 +108,10 @@ def train_tokenizer(
         problems.append(Problem("on_error", "must be 'stop' or 'skip'", "use 'stop' to see all of it", on_error))
     if out.exists() and any(out.samefile(text) for text in map(Path, inputs) if text.exists()):
         problems.append(Problem("--out", "is one of the inputs", "name another file", str(out)))
-    elif out.exists() and not out.is_dir() and not out.is_file():
-        problems.append(Problem("--out", "is no regular file", "name another file", str(out)))
     elif out.is_dir():
         problems.append(Problem("--out", "is a folder", f"name a file, such as {out / 'tokenizer.json'}", str(out)))
+    elif out.exists() and not out.is_file():
+        problems.append(Problem("--out", "is no regular file", "name another file", str(out)))
     elif out.exists() and not overwrite:
         problems.append(Problem("--out", "exists already", "use --overwrite to replace it, or another name", str(out)))
     if problems:
@@ -138,17 +134,14 @@ def train_tokenizer(
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, content)
     except OSError as error:
-        remedy = remedy_for(error, "name another place")
-        problem = Problem("--out", f"cannot be written ({error.strerror})", remedy, str(out))
+        problem = of_system(error, "cannot be written", "--out", "name another place", str(out))
         raise UserError(problem, "cannot train a tokenizer") from None
     return Tokenizer(content, out)
 
 
 def _sample(files: list[Path], text_field: str, on_error: str) -> Iterator[str]:
-    """Texts, about 128 MiB of them at most: whole blocks, as evenly spread over the input as blocks can be.
-
-    What is taken keeps pace with what was passed, measured on the disk, so that compressed files need no guess.
-    """
+    """Texts, about 128 MiB of them at most: whole blocks, spread evenly over the input. What is taken keeps pace with
+    what was passed, measured on the disk, so that compressed files need no guess."""
     disk_bytes = sum(path.stat().st_size for path in files)
     passed = taken = 0
     skipped: Counter[str] = Counter()

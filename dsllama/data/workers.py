@@ -13,6 +13,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from itertools import islice
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any
@@ -27,7 +28,7 @@ class WorkerDied(Exception):
     """A worker process ended by itself, or was killed; the text says how."""
 
 
-class WorkerPool:
+class WorkerPool(AbstractContextManager["WorkerPool", None]):
     """`count` processes, each of which calls `make()` once and then the function that it gave, for each job.
 
     `make`, jobs and results travel pickled. Use it in a `with` statement: at its end the workers are gone.
@@ -49,9 +50,6 @@ class WorkerPool:
             theirs.close()
         for connection in self._workers:
             self._send(connection, make)
-
-    def __enter__(self) -> WorkerPool:
-        return self
 
     def __exit__(self, *_: object) -> None:
         for connection, process in self._workers.items():

@@ -1,13 +1,11 @@
-"""To and from the Hugging Face layout of LlamaForCausalLM.
+"""To the Hugging Face layout of LlamaForCausalLM.
 
     out/config.json generation_config.json model.safetensors tokenizer.json tokenizer_config.json
         dsllama_export.json             which of the files are an export's, and may be replaced by the next one
 
 Our parts carry the same names and the rotary pairs lie the same way, so the weights need a prefix and no
-permutation. The exported tokenizer gives our ids and puts <SOS> before a text by itself, as `generate` does:
-what `model.generate(**tokenizer(text))` continues there is what `generate(text)` continues here. As everywhere in that
-world, a literal "<EOS>" in a text is the token there (chat templates and fine-tuning rely on it); in a corpus that is
-encoded here it stays text.
+permutation. The exported tokenizer gives our ids and puts <SOS> before a text by itself, as our `generate` does. As
+everywhere in that world, a literal "<EOS>" in a text is the token there (chat templates and fine-tuning rely on it).
 """
 
 from __future__ import annotations
@@ -26,14 +24,13 @@ from torch import Tensor
 
 from dsllama.checkpoint.fragments import header, write_all
 from dsllama.data.tokenizer import Tokenizer
-from dsllama.errors import Problem, UserError, did_you_mean, remedy_for
+from dsllama.errors import Problem, UserError, did_you_mean, of_system
 from dsllama.files import write_atomically
 from dsllama.model import LLaMaTransformer, ffn_hidden_size
 
-DTYPES = ("float32", "bfloat16", "float16")
+_TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # torch's name: that of safetensors
 T = TypeVar("T")
 _HEAD = "lm_head.weight"
-_EMBEDDING = "embed_tokens.weight"
 _CONFIG = "config.json"
 _RECORD = "dsllama_export.json"
 # The hub's own tools split weights at about this size; loaders expect files that fit in memory one by one.
@@ -44,12 +41,6 @@ def to_huggingface(state: Mapping[str, T], tied: bool = False) -> dict[str, T]:
     """Our weights under LlamaForCausalLM's names; a tied head is left out, as transformers does."""
     kept = {name: value for name, value in state.items() if not (tied and name == _HEAD)}
     return {name if name == _HEAD else f"model.{name}": value for name, value in kept.items()}
-
-
-def from_huggingface(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """LlamaForCausalLM's weights under our names; where the head is tied, both names are there."""
-    ours = {name.removeprefix("model."): tensor for name, tensor in state.items()}
-    return {_HEAD: ours[_EMBEDDING], **ours}
 
 
 def export_huggingface(
@@ -63,15 +54,14 @@ def export_huggingface(
     """Write a model and its tokenizer to the folder `out`; returns it.
 
     state: the whole model's weights, asked for one by one. config: its TrainingConfig. dtype: float32, bfloat16 or
-    float16. overwrite: replace the files of an earlier export, and no others. Weights of more than 5 GB are split into
-    several files with an index. A new folder is there wholly or not at all; in one that is overwritten config.json,
-    without which nothing loads, goes first and comes last.
+    float16. overwrite: replace the files of an earlier export, and no others. A new folder is there wholly or not at
+    all; in one that is overwritten config.json, without which nothing loads, goes first and comes last.
     Raises UserError where `out` exists or cannot be written.
     """
     out = Path(os.path.realpath(out))  # of a link, the folder that it names
     problems = []
-    if dtype not in DTYPES:
-        problems.append(Problem("--dtype", f"must be one of {', '.join(DTYPES)}", did_you_mean(dtype, DTYPES), dtype))
+    if dtype not in _TYPES:
+        problems.append(Problem("--dtype", f"must be one of {', '.join(_TYPES)}", did_you_mean(dtype, _TYPES), dtype))
     problems += _check_target(out, overwrite)
     if problems:
         raise UserError(problems, "cannot export")
@@ -80,18 +70,18 @@ def export_huggingface(
         place.mkdir(parents=True, exist_ok=True)
         # What the weights will look like, without reading any.
         planned = LLaMaTransformer(config, tokenizer, device="meta").to(getattr(torch, dtype)).state_dict()
-        rows, ours = planned[_EMBEDDING].shape[0], to_huggingface({n: n for n in planned}, config.tie_embeddings)
+        rows = planned["embed_tokens.weight"].shape[0]
+        ours = to_huggingface({name: name for name in planned}, config.tie_embeddings)
         with tempfile.TemporaryDirectory(prefix=".dsllama-", dir=place, ignore_cleanup_errors=True) as folder:
             aside = Path(folder) / out.name
             aside.mkdir()
-            _write_weights(aside, state, planned, ours)
+            _write_weights(aside, state, planned, ours, dtype)
             _write_json(aside / _CONFIG, _model_config(config, tokenizer, rows, dtype))
             _write_json(aside / "generation_config.json", _generation_config(tokenizer, rows))
             _write_tokenizer(aside, tokenizer, config.max_seq_len)
             _publish(aside, out)
     except OSError as error:
-        remedy = remedy_for(error, "give another folder")
-        problem = Problem("--out", f"cannot be written ({error.strerror or error})", remedy, str(out))
+        problem = of_system(error, "cannot be written", "--out", "give another folder", str(out))
         raise UserError(problem, "cannot export") from None
     return out
 
@@ -102,9 +92,8 @@ def _check_target(out: Path, overwrite: bool) -> list[Problem]:
     if not _exported(out):
         rule = f"exists already, and holds no export of dsllama's (by its {_RECORD}), so nothing in it is replaced"
         return [Problem("--out", rule, "use another name, or remove it yourself", str(out))]
-    if not overwrite:
-        return [Problem("--out", "exists already", "use --overwrite to replace it, or another name", str(out))]
-    return []
+    there = Problem("--out", "exists already", "use --overwrite to replace it, or another name", str(out))
+    return [] if overwrite else [there]
 
 
 def _exported(folder: Path) -> list[str]:
@@ -125,8 +114,7 @@ def _publish(aside: Path, out: Path) -> None:
         aside.rename(out)
         return
     old = _exported(out)
-    foreign = [name for name in new if name not in old and (out / name).exists()]
-    if foreign:
+    if foreign := [name for name in new if name not in old and (out / name).exists()]:
         rule = f"holds {', '.join(foreign)}, which no export of dsllama's wrote"
         raise UserError(Problem("--out", rule, "move it, or use another name", str(out)), "cannot export")
     # Both lists until it is done: what a crash leaves behind stays ours.
@@ -139,23 +127,20 @@ def _publish(aside: Path, out: Path) -> None:
 
 
 def _write_weights(
-    folder: Path, state: Mapping[str, Tensor], planned: Mapping[str, Tensor], ours: Mapping[str, str]
+    folder: Path, state: Mapping[str, Tensor], planned: Mapping[str, Tensor], ours: Mapping[str, str], dtype: str
 ) -> None:
     """Write the files one parameter at a time. planned: tensors without content. ours: their name -> our name."""
     split = split_torch_state_dict_into_shards({t: planned[o] for t, o in ours.items()}, max_shard_size=_SHARD_BYTES)
     for file, names in split.filename_to_tensors.items():
-        tensors = {name: (_TYPES[planned[ours[name]].dtype], tuple(planned[ours[name]].shape)) for name in names}
+        tensors = {name: (_TYPES[dtype], tuple(planned[ours[name]].shape)) for name in names}
         with (folder / file).open("wb", buffering=0) as opened:
             write_all(opened.fileno(), header(tensors, {"format": "pt"}))
             for name in names:
-                tensor = state[ours[name]].detach().to("cpu", planned[ours[name]].dtype).contiguous()
+                tensor = state[ours[name]].detach().to("cpu", getattr(torch, dtype)).contiguous()
                 write_all(opened.fileno(), memoryview(tensor.view(-1).view(torch.uint8).numpy()))
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         _write_json(folder / "model.safetensors.index.json", index)
-
-
-_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def _model_config(config: Any, tokenizer: Tokenizer, rows: int, dtype: str) -> dict[str, Any]:

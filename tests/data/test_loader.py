@@ -247,7 +247,7 @@ def test_the_epoch_is_that_of_the_next_sample(tmp_path):
         assert (loader.samples_per_epoch, len(loader)) == (6, 3)
         epochs = []
         for _ in range(7):
-            epochs.append(loader.epoch)
+            epochs.append(loader.consumed_samples // loader.samples_per_epoch)
             loader.get_batch()
     assert epochs == [0, 0, 0, 1, 1, 1, 2]
 

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from dsllama.errors import UserError
-from dsllama.export.huggingface import export_huggingface, from_huggingface
+from dsllama.export.huggingface import export_huggingface
 from dsllama.model import LLaMaTransformer
-from tests.models import lively_model, model_config, random_tokens, transformers_twin
+from tests.models import from_huggingface, lively_model, model_config, random_tokens, transformers_twin
 
 TEXTS = ["the quick brown", "", "  two  spaces\n\n", "a literal <EOS> and <SOU>", "\u00fcml\u00e4ut \U0001f600 \u4e2d"]
 
