@@ -45,8 +45,7 @@ _SAME_RUN = (*_SHAPE, "eps", "theta", "max_seq_len", "tokens_per_update")
 def choose(config: TrainingConfig) -> Checkpoint | None:
     """What `load_ckpt` asks for: a checkpoint, or None to start anew. By manifests and sizes; `load` reads the rest.
 
-    Raises UserError where a resume was asked for and is
-    impossible, or where starting anew would write over an earlier run.
+    Raises UserError where a resume is impossible, or where starting anew would write over an earlier run.
     """
     existing = list_checkpoints(config.ckpt_dir)
     if config.load_ckpt is False:
@@ -197,7 +196,7 @@ def load(checkpoint: Checkpoint, world: World, engine: Any, pinned: state.Pinned
     if own:
         restore_random_state(own, world)
     else:  # draws that no rank has made before
-        seed_everything(manifest["seed"] + 1 + world.rank + 1000 * checkpoint.update)
+        torch.manual_seed(manifest["seed"] + 1 + world.rank + 1000 * checkpoint.update)
     wrong = state.proof(engine, manifest, pinned, precision)
     if wrong:
         raise RuntimeError(f"{checkpoint.path}: {wrong}")
@@ -239,8 +238,3 @@ def restore_random_state(saved: dict[str, torch.Tensor], world: World) -> None:
     torch.set_rng_state(saved["cpu"])
     if "cuda" in saved and world.device.type == "cuda":
         torch.cuda.set_rng_state(saved["cuda"], world.device)
-
-
-def seed_everything(seed: int) -> None:
-    """The same start on every rank: weights drawn on any rank are the same weights."""
-    torch.manual_seed(seed)

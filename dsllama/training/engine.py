@@ -62,11 +62,16 @@ class World:
         dist.broadcast_object_list(told, 0)
         return told[0]
 
-    def ask_main(self, question: Callable[[], Any]) -> Any:
+    def say(self, text: str) -> None:
+        """Print it once, on the first rank."""
+        if self.is_main:
+            print(text, flush=True)
+
+    def ask_main(self, question: Callable[..., Any], *arguments: Any) -> Any:
         """What a call comes to on the first rank, on every rank: its value, or the UserError raised. Collective."""
         found = None
         try:
-            found = question() if self.is_main else None
+            found = question(*arguments) if self.is_main else None
         except UserError as error:
             found = error
         found = self.tell(found)

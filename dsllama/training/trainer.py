@@ -112,14 +112,14 @@ class Trainer:
         """hold: the first rank's, on ckpt_dir. ds_config: what the engine is built from, if not the job's."""
         self.job, self.world, self.stop, self.hold = job, world, stop, hold
         self.config, self.derived, self.loader = job.config, job.derived, job.loader
-        checkpoints.seed_everything(self.config.seed)
+        torch.manual_seed(self.config.seed)
         self.engine, self.scheduler = deepspeed_engine.build(
             lambda: LLaMaTransformer(self.config, job.tokenizer, device=world.device), ds_config or job.ds_config
         )
         if self.config.enable_compilation:
             self.engine.compile()
         # The draws of dropout differ between ranks, the weights did not.
-        checkpoints.seed_everything(self.config.seed + 1 + world.rank)
+        torch.manual_seed(self.config.seed + 1 + world.rank)
         self.update = 0
         self.last_checkpoint = job.resume_from
         self.streak = Streak()
@@ -130,12 +130,11 @@ class Trainer:
         self.first_update = self.update + 1
         self.saver = Saver(Path(self.config.ckpt_dir), world, self.engine, self.config.checkpoint_format)
         self.saved: list[Saved] = []  # not yet in a row
-        if world.is_main and self.saver.foreground:
-            print(f"saves        while training stands still: {self.saver.foreground}", flush=True)
+        if self.saver.foreground:
+            world.say(f"saves        while training stands still: {self.saver.foreground}")
         self.retention: Retention | None = None
         self.housekeeping: threading.Thread | None = None
-        c = self.config
-        if world.is_main and c.keep_last is not None:
+        if world.is_main and (c := self.config).keep_last is not None:
             policy = Policy(c.keep_last, c.keep_every, c.keep_best, c.keep_weights)
             self.retention = Retention(policy, Path(c.ckpt_dir), logger.warning, self.update)
         self.skips = self.skips_before = deepspeed_engine.skips(self.engine)
@@ -236,11 +235,10 @@ class Trainer:
     # ------------------------------------------------------------ what
 
     def _log(self, loss: float, grad_norm: float | None, validation: float | None) -> None:
-        rate = self.clock.rate(self._tokens_here)
-        memory = peak_memory_gib(self.world.device)
         if self.report is None:
             return
-        elapsed, done = self.clock.seconds, self.update - self.first_update + 1
+        rate, elapsed = self.clock.rate(self._tokens_here), self.clock.seconds
+        done = self.update - self.first_update + 1
         flops = rate * self.derived.flops_per_token
         row = Row(
             update=self.update,
@@ -254,7 +252,7 @@ class Trainer:
             tokens_per_second=rate,
             time=elapsed,
             mfu=flops / self.peak_flops if self.peak_flops else None,
-            memory_gib=memory,
+            memory_gib=peak_memory_gib(self.world.device),
             validation_loss=validation,
             skipped_updates=self.engine.skipped_steps,
             **_cost(self.saved),
@@ -288,17 +286,12 @@ class Trainer:
                     top_p=self.config.sample_top_p,
                     # Of its own for each prompt, or two that end alike would go on alike. torch takes 32 bits.
                     seed=self.config.seed + self.update + number * 1_000_003,
-                    agree=self._first_ranks_choice if partitioned else None,
+                    agree=self.world.tell if partitioned else None,
                 )
                 for number, prompt in enumerate(self.config.sample_prompts)
             ]
         if self.report is not None:
             self.report.sample(self.update, self.tokens, texts)
-
-    def _first_ranks_choice(self, token: int) -> int:
-        choice = torch.tensor([token], device=self.world.device)
-        dist.broadcast(choice, 0)
-        return int(choice)
 
     def _save(self, loss: float, validation: float | None, last: bool) -> None:
         """Begin to save; wait until it is published where it is the `last` one, for which no other makes up."""
@@ -372,11 +365,8 @@ class Trainer:
             self.report.plot([update_of(path) * self.config.tokens_per_update for path in published])
         except OSError as error:
             logger.warning(f"the plot could not be drawn: {error}")
-        if self.retention is None:
-            return
-        gone = self.retention.apply(newest)
-        what = "only weights left of" if self.config.keep_weights else "removed"
-        if gone:
+        if gone := self.retention.apply(newest) if self.retention else []:
+            what = "only weights left of" if self.config.keep_weights else "removed"
             names = ", ".join(checkpoint.path.name for checkpoint in gone)
             print(f"{what} {names} (keep_last {self.config.keep_last})", flush=True)
 
@@ -398,17 +388,13 @@ class Trainer:
         told = f"the checkpoint of update {update} could not be written: {why}. {self._last_good()}"
         if last or self.config.on_failed_save == "stop":
             raise TrainingFailed(told)
-        if self.world.is_main:
-            print(f"not saved    {told} The run goes on to the next one.", flush=True)
+        self.world.say(f"not saved    {told} The run goes on to the next one.")
 
     def _begin_with(self, source: Checkpoint) -> None:
         """Take up its weights; where they are damaged, those of the newest before it in the folder that was given."""
         older = partial(older_whole, self.config.init_from or "", logger.warning, where="init_from")
-        with_first_whole(
-            source,
-            lambda source: checkpoints.begin_with(source, self.world, self.engine),
-            lambda damaged, reason: self.world.ask_main(lambda: older(damaged, reason)),
-        )
+        take_up = partial(checkpoints.begin_with, world=self.world, engine=self.engine)
+        with_first_whole(source, take_up, partial(self.world.ask_main, older))
 
     def _resume(self, source: Checkpoint) -> None:
         fresh = self.scheduler.state_dict()
@@ -419,25 +405,22 @@ class Trainer:
         self.last_checkpoint = source
         self.update = source.update
         self.streak = Streak(**source.manifest.get("skipping", {}))
-        theirs = {**source.manifest["schedule"], "current_step": 1}
-        goes_on = self.config.use_prev_scheduler
-        self.scheduler.load_state_dict(source.manifest["schedule"] if goes_on else fresh)
-        if goes_on and theirs != fresh and self.world.is_main:
-            changed = {name: f"{theirs[name]} (not {fresh[name]})" for name in fresh if theirs[name] != fresh[name]}
-            print(
-                f"the checkpoint's schedule goes on: {changed}; --use_prev_scheduler false takes the new one",
-                flush=True,
-            )
+        theirs, goes_on = source.manifest["schedule"], self.config.use_prev_scheduler
+        self.scheduler.load_state_dict(theirs if goes_on else fresh)
+        same = {**fresh, "current_step": theirs["current_step"]}
+        changed = {name: f"{theirs[name]} (not {value})" for name, value in same.items() if theirs[name] != value}
+        if goes_on and changed:
+            remedy = "--use_prev_scheduler false takes the new one"
+            self.world.say(f"the checkpoint's schedule goes on: {changed}; {remedy}")
 
     def _load(self, source: Checkpoint) -> Checkpoint:
         checkpoints.load(source, self.world, self.engine, self.loader.first_sequence(), self.config.precision)
         return source
 
     def _next_whole(self, damaged: Checkpoint, reason: str) -> Checkpoint:
-        source: Checkpoint = self.world.ask_main(lambda: checkpoints.next_whole(self.job, damaged, reason))
+        source: Checkpoint = self.world.ask_main(checkpoints.next_whole, self.job, damaged, reason)
         self.loader.load_state_dict(source.manifest["data"])
-        if self.world.is_main:
-            print("\n".join(checkpoints.resumption_lines(source, self.config, self.job.parallel_layout)), flush=True)
+        self.world.say("\n".join(checkpoints.resumption_lines(source, self.config, self.job.parallel_layout)))
         return source
 
     def _insist_on_finite(self, loss: float, grad_norm: float | None) -> None:
@@ -459,14 +442,12 @@ class Trainer:
         """
         now, streak, limit = self.skips, self.streak, self.config.max_skipped_updates
         streak.skipped += 1
-        if self.world.is_main:
-            scale = f" at loss scale {before.loss_scale:g}" if before.loss_scale else ""
-            scale += f", which is now {now.loss_scale:g}" if now.loss_scale != before.loss_scale else ""
-            print(
-                f"skipped      update {self.update}: its gradients are not finite{scale}; the weights are as before "
-                f"({streak.skipped} in a row)",
-                flush=True,
-            )
+        scale = f" at loss scale {before.loss_scale:g}" if before.loss_scale else ""
+        scale += f", which is now {now.loss_scale:g}" if now.loss_scale != before.loss_scale else ""
+        self.world.say(
+            f"skipped      update {self.update}: its gradients are not finite{scale}; the weights are as before "
+            f"({streak.skipped} in a row)"
+        )
         if before.searches and not before.at_its_end:
             streak.in_vain = 0
             return
