@@ -14,6 +14,7 @@ the sizes of the files; their contents are checked while they are read, and all 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import time
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dsllama import files
-from dsllama.checkpoint.fragments import DamagedFile, problems_of
+from dsllama.checkpoint.fragments import DamagedFile, StateFile
 from dsllama.config import TrainingConfig, load_config
 from dsllama.errors import Problem, UserError
 
@@ -89,11 +90,14 @@ class Checkpoint:
 
     def damages_of(self, name: str) -> list[str]:
         """What in a file is not as it was saved."""
-        entry = self.manifest["files"][name]
-        if "blocks" in entry:
-            return problems_of(self.path / name, entry)
+        entry, path = self.manifest["files"][name], self.path / name
         try:
-            whole = files.sha256(self.path / name) == entry["sha256"]
+            if "blocks" in entry:
+                with contextlib.closing(StateFile(path, entry)) as file:
+                    return list(file.damages())
+            whole = files.sha256(path) == entry["sha256"]
+        except DamagedFile as error:
+            return [str(error)]
         except OSError as error:
             return [f"{name} cannot be read ({error.strerror})"]
         return [] if whole else [f"{name} does not have the checksum that it was saved with"]
@@ -115,20 +119,17 @@ def summary(path: Path, read: bool = False) -> dict[str, Any]:
     read: everything in it, and not only its manifest.
     """
     found = look_at(path)
-    told: dict[str, Any] = {"path": str(path), "update": update_of(path) if _NAME.fullmatch(path.name) else None}
     if isinstance(found, str):
-        return {**told, "problems": [found]}
-    manifest = found.manifest
+        update = update_of(path) if _NAME.fullmatch(path.name) else None
+        return {"path": str(path), "update": update, "problems": [found]}
     return {
         "path": str(path),
         "update": found.update,
         "tokens": found.tokens,
-        "loss": manifest.get("loss"),
-        "validation_loss": manifest.get("validation_loss"),
-        "saved_at": manifest.get("saved_at"),
+        **{name: found.manifest.get(name) for name in ("loss", "validation_loss", "saved_at")},
         "age_seconds": found.age,
-        "topology": manifest["parallel_layout"],
-        "state": manifest["state"],
+        "topology": found.manifest["parallel_layout"],
+        "state": found.manifest["state"],
         "bytes": found.bytes,
         "problems": list(found.damages()) if read else [],
     }

@@ -79,7 +79,7 @@ def header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping
 _WIDTHS = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1}
 
 
-class Writer:
+class Writer(contextlib.AbstractContextManager["Writer"]):
     """Writes a file: `add` each fragment's data in the order of `fragments`, then `finish`. Raises OSError.
 
     own: U8 tensors that belong to the rank and to no parameter (its random state).
@@ -99,9 +99,6 @@ class Writer:
         self._buffer, self._filled = torch.empty(BLOCK, dtype=torch.uint8), 0
         self._file = path.open("wb", buffering=0)
         write_all(self._file.fileno(), self._header)
-
-    def __enter__(self) -> Writer:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
@@ -177,22 +174,20 @@ class StateFile:
             raise
 
     def _open(self, entry: dict[str, Any]) -> None:
-        path = self.path
-        size = os.fstat(self._file.fileno()).st_size
+        name, size = self.path.name, os.fstat(self._file.fileno()).st_size
         if size != entry["bytes"]:
-            raise DamagedFile(f"{path.name} has {size} bytes instead of {entry['bytes']}")
-        length = self._read_at(0, 8)
-        (length_of_text,) = struct.unpack("<Q", length)
-        text = length + self._read_at(8, min(length_of_text, size - 8))
+            raise DamagedFile(f"{name} has {size} bytes instead of {entry['bytes']}")
+        (length,) = struct.unpack("<Q", self._read_at(0, 8))
+        text = self._read_at(0, min(8 + length, size))
         if _sha256(text) != entry["header"]:
-            raise DamagedFile(f"{path.name} has another header than it was saved with")
+            raise DamagedFile(f"{name} has another header than it was saved with")
         self.tensors: dict[str, Any] = json.loads(text[8:])
         del self.tensors["__metadata__"]
         self._base = len(text)
         self.data_end, end = self.tensors.pop(TABLE)["data_offsets"]
         table = self._read_at(self._base + self.data_end, end - self.data_end)
         if _sha256(table) != entry["blocks"]:
-            raise DamagedFile(f"{path.name} has another table of blocks than it was saved with")
+            raise DamagedFile(f"{name} has another table of blocks than it was saved with")
         self._digests = [table[at : at + _DIGEST] for at in range(0, len(table), _DIGEST)]
         self._number, self._block = -1, b""
 
@@ -240,17 +235,16 @@ class StateFile:
     def _read_at(self, at: int, length: int) -> bytes:
         data = b""
         try:
-            while len(data) < length:
-                more = os.pread(self._file.fileno(), length - len(data), at + len(data))
-                if not more:
-                    raise DamagedFile(f"{self.path.name} ends early")
+            while len(data) < length and (more := os.pread(self._file.fileno(), length - len(data), at + len(data))):
                 data += more
         except OSError as error:
             raise DamagedFile(f"{self.path.name} cannot be read ({error.strerror})") from None
+        if len(data) < length:
+            raise DamagedFile(f"{self.path.name} ends early")
         return data
 
 
-class Source:
+class Source(contextlib.AbstractContextManager["Source"]):
     """Any range of any parameter of a checkpoint, whichever ranks wrote it. Opens only the files that are asked for."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
@@ -265,9 +259,6 @@ class Source:
             places.sort()
         self._files: dict[str, StateFile] = {}
 
-    def __enter__(self) -> Source:
-        return self
-
     def __exit__(self, *_: object) -> None:
         for file in self._files.values():
             file.close()
@@ -275,8 +266,7 @@ class Source:
 
     def read_into(self, name: str, kind: str, start: int, out: Tensor) -> None:
         """Fill `out`, 1-D fp32 on any device, with elements start ... of a parameter. Raises DamagedFile."""
-        end = done = start
-        end += out.numel()
+        done, end = start, start + out.numel()
         for first, numel, file in self._where[name]:
             low, high = max(first, start), min(first + numel, end)
             if low >= high:
@@ -311,12 +301,3 @@ class Source:
         if name not in self._files:
             self._files[name] = StateFile(self.folder / name, self._entries[name])
         return self._files[name]
-
-
-def problems_of(path: Path, entry: dict[str, Any]) -> list[str]:
-    """What is wrong with a file, every block of it read; empty where nothing is."""
-    try:
-        with contextlib.closing(StateFile(path, entry)) as file:
-            return list(file.damages())
-    except DamagedFile as error:
-        return [str(error)]

@@ -11,17 +11,11 @@ import json
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from dsllama.checkpoint.catalog import (
-    MANIFEST,
-    Checkpoint,
-    digest,
-    list_checkpoints,
-    look_at,
-    update_of,
-)
+from dsllama.checkpoint.catalog import MANIFEST, Checkpoint, digest, list_checkpoints, look_at, update_of
 from dsllama.errors import Problem, UserError
 from dsllama.files import write_atomically
 from dsllama.locks import hold
@@ -49,12 +43,9 @@ class Policy:
         ordered = sorted(found, key=lambda c: c.update)
         resumable = [c for c in ordered if c.resumable]
         kept = {c.update for c in resumable[-self.last :]}
-        if self.every is not None:
-            before = 0
-            for c in ordered:
-                if c.tokens // self.every > before // self.every:
-                    kept.add(c.update)
-                before = c.tokens
+        if (every := self.every) is not None:
+            steps = zip(ordered, pairwise([0, *(c.tokens for c in ordered)]), strict=True)
+            kept |= {c.update for c, (before, tokens) in steps if tokens // every > before // every}
         judged = [c for c in ordered if c.manifest.get("validation_loss") is not None]
         judged.sort(key=lambda c: c.manifest["validation_loss"])
         kept |= {c.update for c in judged[: self.best]}

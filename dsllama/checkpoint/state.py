@@ -132,8 +132,7 @@ def whole(engine: Any) -> State:
     shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in engine.module.named_parameters()}
     sizes = [shape.numel() for shape in shapes.values() for _ in KINDS]
     memory = torch.zeros(sum(sizes), device=engine.device)
-    places = zip([(name, kind) for name in shapes for kind in KINDS], memory.split(sizes), strict=True)
-    state = dict(places)
+    state = dict(zip([(name, kind) for name in shapes for kind in KINDS], memory.split(sizes), strict=True))
     for piece, kind, data in _data(engine):
         state[piece.name, kind][piece.start : piece.start + piece.numel].copy_(data)
     dist.all_reduce(memory)  # each element is some rank's, and zero on the others

@@ -82,11 +82,9 @@ class Report:
 
         self.log_file = log_file
         log_file.parent.mkdir(parents=True, exist_ok=True)
-        kept = _split_log(log_file, resumed_from)
-        self._file = log_file.open("a" if kept else "w", newline="", encoding="utf-8", buffering=1)
+        _split_log(log_file, resumed_from)
+        self._file = log_file.open("a", newline="", encoding="utf-8", buffering=1)
         self._csv = csv.DictWriter(self._file, COLUMNS)
-        if not kept:
-            self._csv.writeheader()
         events = events_folder(tensorboard_dir, log_file, bool(resumed_from))
         # purge_step hides what an earlier attempt wrote beyond the point that we go on from.
         self._events = SummaryWriter(str(events), purge_step=resumed_tokens + 1 if resumed_from else None)
@@ -225,19 +223,18 @@ def _is_log(path: Path) -> bool:
     return found == [""] or (len(found) >= _FEWEST_COLUMNS and found == COLUMNS[: len(found)])
 
 
-def _split_log(log_file: Path, resumed_from: int) -> bool:
-    """Keep the rows up to `resumed_from` and move the others aside; whether a usable log was there."""
+def _split_log(log_file: Path, resumed_from: int) -> None:
+    """Make a log with a header and the rows up to `resumed_from`; move the others aside."""
     rows = _rows(log_file)
     kept = [row for row in rows if _is_sound(row) and int(row["update"]) <= resumed_from]
     others = [row for row in rows if row not in kept and None not in row.values()]
     if others:
         _append(log_file.with_name(log_file.name + ".superseded"), others)
-    if rows:  # written anew in any case: what is appended must not continue a line that a crash cut short
-        temporary = log_file.with_name(log_file.name + ".tmp")
-        temporary.unlink(missing_ok=True)
-        _append(temporary, kept)
-        temporary.replace(log_file)
-    return bool(rows)
+    # Written anew in any case: what is appended must not continue a line that a crash cut short.
+    temporary = log_file.with_name(log_file.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    _append(temporary, kept)
+    temporary.replace(log_file)
 
 
 def _append(path: Path, rows: list[dict[str, str]]) -> None:

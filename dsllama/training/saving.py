@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,14 +141,14 @@ class Saver:
         if self.form == "portable":
             manifest |= state.description(self.engine, pinned)
         own, texts = random_state(self.world), attachments if self.world.is_main else {}
+        write: Callable[[Path], dict[str, Any]]
         if self._memory is not None:
-            copied = state.copy(self.engine, self._memory, own)
-            write = lambda: copied.write(aside)  # noqa: E731
+            write = state.copy(self.engine, self._memory, own).write
         elif self.form == "portable":
-            write = lambda: state.save(self.engine, aside, own)  # noqa: E731
+            write = partial(state.save, self.engine, own=own)
         else:
-            write = lambda: self._write_the_engines(aside, own)  # noqa: E731
-        self._running = _Save(final, aside, manifest, started, lambda: {**write(), **_write_texts(aside, texts)})
+            write = partial(self._write_the_engines, own=own)
+        self._running = _Save(final, aside, manifest, started, lambda: {**write(aside), **_write_texts(aside, texts)})
         if self._memory is not None:
             self._running.thread.start()
         else:

@@ -24,14 +24,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from dsllama.checkpoint.catalog import (
-    Checkpoint,
-    list_checkpoints,
-    older_whole,
-    timestamp,
-    update_of,
-    with_first_whole,
-)
+from dsllama.checkpoint.catalog import Checkpoint, list_checkpoints, older_whole, timestamp, update_of, with_first_whole
 from dsllama.checkpoint.retention import Policy, Retention
 from dsllama.config import TrainingConfig
 from dsllama.data.loader import DatasetLoader
