@@ -6,9 +6,8 @@
                                   keeps for itself (U8); whoever only wants weights needs none of it
 
 A fragment is a range of a flattened parameter: all of it in the parameter's shape, or a part of it in one dimension;
-where it begins is in the manifest, and in the header's metadata. `__blocks__` holds the sha256 of every 4 MiB of what
-lies between header and table. The manifest holds the digests of header and table, so reading any range checks itself.
-Any reader of safetensors opens such a file; nothing in it can run code.
+where it begins is in the manifest and the header's metadata. `__blocks__` holds the sha256 of every 4 MiB of data, the
+manifest the digests of header and table, so reading any range checks itself. Any reader of safetensors opens it.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ import os
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +50,9 @@ class DamagedFile(Exception):
     """A file is not as it was saved; the message names it, and the block and parameter where they are known."""
 
 
-def weights_file(rank: int) -> str:
-    """The file with the weights that a rank writes."""
-    return f"weights_{rank:05d}.safetensors"
-
-
-def optimizer_file(rank: int) -> str:
-    """The file with the moments of the same ranges."""
-    return f"optimizer_{rank:05d}.safetensors"
+def file_names(rank: int) -> tuple[str, str]:
+    """Of what a rank writes: of the weights, and of the moments of the same ranges."""
+    return f"weights_{rank:05d}.safetensors", f"optimizer_{rank:05d}.safetensors"
 
 
 # ---------------------------------------------------------------- writing
@@ -156,10 +151,8 @@ def _sha256(data: bytes) -> str:
 
 
 class StateFile:
-    """One file, checked against its entry in the manifest: header and table at once, blocks as they are read.
-
-    Raises DamagedFile wherever it is not as it was saved.
-    """
+    """One file, checked against its entry in the manifest: header and table at once, blocks as they are read. Raises
+    DamagedFile."""
 
     def __init__(self, path: Path, entry: dict[str, Any]) -> None:
         self.path = path
@@ -244,12 +237,13 @@ class StateFile:
         return data
 
 
-class Source(contextlib.AbstractContextManager["Source"]):
-    """Any range of any parameter of a checkpoint, whichever ranks wrote it. Opens only the files that are asked for."""
+class Source(contextlib.AbstractContextManager["Source"], Mapping[str, Tensor]):
+    """Any range of any parameter of a checkpoint, whichever ranks wrote it; a mapping of all names to whole weights."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder = folder
         self.shapes: dict[str, tuple[int, ...]] = {n: tuple(s) for n, s in manifest["parameters"].items()}
+        self._shared: dict[str, str] = manifest["shared"]
         self._entries = {name: entry for name, entry in manifest["files"].items() if "blocks" in entry}
         self._where: dict[str, list[tuple[int, int, str]]] = {name: [] for name in self.shapes}
         for file, entry in self._entries.items():
@@ -263,6 +257,15 @@ class Source(contextlib.AbstractContextManager["Source"]):
         for file in self._files.values():
             file.close()
         self._files.clear()
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.read(self._shared.get(name, name))
+
+    def __iter__(self) -> Iterator[str]:
+        return chain(self.shapes, self._shared)
+
+    def __len__(self) -> int:
+        return len(self.shapes) + len(self._shared)
 
     def read_into(self, name: str, kind: str, start: int, out: Tensor) -> None:
         """Fill `out`, 1-D fp32 on any device, with elements start ... of a parameter. Raises DamagedFile."""
@@ -287,7 +290,7 @@ class Source(contextlib.AbstractContextManager["Source"]):
 
     def own(self, rank: int) -> Iterator[tuple[str, Tensor]]:
         """What a rank kept for itself."""
-        name = optimizer_file(rank)
+        _, name = file_names(rank)
         # Format 3 had everything in one file a rank.
         file = self.file(name if name in self._entries else name.replace("optimizer_", "state_"))
         for name, entry in file.tensors.items():

@@ -95,10 +95,8 @@ def _partitions(optimizer: Any, parameters: list[Any], names: dict[Any, str]) ->
 
 
 def _cuts(parameters: list[Tensor], flat: Tensor, low: int, size: int, names: dict[Any, str]) -> Iterator[Piece]:
-    """ZeRO-1 and 2: all parameters of a group lie in one tensor, of which a rank has one range.
-
-    Where, their addresses say: DeepSpeed's own table (`_hp_mapping`) is wrong under round_robin_gradients.
-    """
+    """ZeRO-1 and 2: all parameters of a group lie in one tensor, of which a rank has one range. Where, their addresses
+    say: DeepSpeed's own table (`_hp_mapping`) is wrong under round_robin_gradients."""
     for parameter in parameters:
         at = (parameter.data_ptr() - flat.data_ptr()) // flat.element_size()
         first, last = max(at, low), min(at + parameter.numel(), low + size)

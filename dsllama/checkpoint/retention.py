@@ -178,11 +178,10 @@ def tidy(ckpt_dir: Path, warn: Callable[[str], Any]) -> list[Path]:
         except OSError as error:
             warn(f"could not remove {path}, which an earlier run has left: {error.strerror or error}")
     for path in list_checkpoints(ckpt_dir):
-        if any(path.glob(f"{_OPTIMIZER}*")):
-            found = look_at(path)
-            if isinstance(found, Checkpoint) and not found.resumable:
-                with contextlib.suppress(OSError):
-                    _remove_dropped(found)
+        found = look_at(path) if any(path.glob(f"{_OPTIMIZER}*")) else ""
+        if isinstance(found, Checkpoint) and not found.resumable:
+            with contextlib.suppress(OSError):
+                _remove_dropped(found)
     return removed
 
 

@@ -18,8 +18,7 @@ from dsllama.checkpoint.fragments import (
     Fragment,
     Source,
     Writer,
-    optimizer_file,
-    weights_file,
+    file_names,
 )
 from dsllama.checkpoint.holders import (
     Holder,
@@ -63,7 +62,7 @@ def _write(
     folder: Path, pieces: list[Piece], own: dict[str, Tensor], parts: Iterable[tuple[str, Tensor]]
 ) -> dict[str, dict[str, Any]]:
     """parts: what the pieces hold, the weights in their order and the moments in theirs, each with its kind."""
-    names = weights_file(dist.get_rank()), optimizer_file(dist.get_rank())
+    names = file_names(dist.get_rank())
     with (
         Writer(folder / names[0], _fragments(pieces, KINDS[:1])) as weights,
         Writer(folder / names[1], _fragments(pieces, MOMENTS), own) as moments,
@@ -184,7 +183,7 @@ def load(engine: Any, source: Source, manifest: dict[str, Any]) -> dict[str, Ten
     """Take up a saved state, whatever topology it was saved with. Collective.
 
     Returns what the rank of this number kept for itself; nothing where it was saved by another number of ranks.
-    Raises DamagedFile, on every rank, where a file is not as it was saved; another source may be loaded after that.
+    Raises DamagedFile on every rank; another source may be loaded after that.
     """
     failure = _fill(engine, source.read_into, KINDS, manifest["optimizer_step"])
     own: dict[str, Tensor] = {}
@@ -204,18 +203,13 @@ def load(engine: Any, source: Source, manifest: dict[str, Any]) -> dict[str, Ten
 
 
 def load_weights(engine: Any, read_into: ReadInto) -> None:
-    """Take up weights alone, in an engine that has not trained yet. Collective.
-
-    read_into: as Source's. Raises DamagedFile, on every rank.
-    """
+    """Take up weights alone, in an engine that has not trained yet. Collective. Raises DamagedFile on every rank."""
     raise_together(_fill(engine, read_into, KINDS[:1], 0))
 
 
 def raise_together(failure: str, kind: type[Exception] = DamagedFile) -> None:
-    """Raise an exception on every rank if any rank has met with a failure; "" for none. Collective.
-
-    A rank that raised alone would leave the others waiting in the next collective.
-    """
+    """Raise an exception on every rank if any rank has met with a failure, "" for none: one that raised alone would
+    leave the others waiting. Collective."""
     failures: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(failures, failure)
     if any(failures):
