@@ -1,7 +1,6 @@
 """A run's checkpoints: which one it goes on from, and how all ranks take it up. Saving is next door.
 
-Every function that is called collective must be called by all ranks, and ends on all of them alike: a rank that left
-alone would leave the others waiting.
+A function that is called collective ends on all ranks alike: one that left alone would leave the others waiting.
 """
 
 from __future__ import annotations
@@ -44,9 +43,7 @@ _SAME_RUN = (*_SHAPE, "eps", "theta", "max_seq_len", "tokens_per_update")
 
 def choose(config: TrainingConfig) -> Checkpoint | None:
     """What `load_ckpt` asks for: a checkpoint, or None to start anew. By manifests and sizes; `load` reads the rest.
-
-    Raises UserError where a resume is impossible, or where starting anew would write over an earlier run.
-    """
+    Raises UserError where a resume is impossible, or where starting anew would write over an earlier run."""
     existing = list_checkpoints(config.ckpt_dir)
     if config.load_ckpt is False:
         if existing:
@@ -65,10 +62,7 @@ def choose(config: TrainingConfig) -> Checkpoint | None:
 
 
 def next_whole(job: Job, damaged: Checkpoint, reason: str) -> Checkpoint:
-    """What to go on from instead of a checkpoint that has turned out damaged.
-
-    Raises UserError where that one was asked for by name, or there is no other that fits.
-    """
+    """What to go on from instead of a damaged one. Raises UserError if that was asked for by name, or no other fits."""
     folder = damaged.path.parent
     if _by_name(job.config):
         others = [str(p) for p in list_checkpoints(folder) if p != damaged.path]

@@ -160,10 +160,8 @@ def note_start(ckpt_dir: Path, files: dict[str, str]) -> Path:
 
 
 def exit_process(code: int) -> NoReturn:
-    """End the process with everything flushed and nothing torn down.
-
-    DeepSpeed's threads now and then abort an interpreter that shuts down in order (SIGABRT after clean work).
-    """
+    """End the process with everything flushed and nothing torn down: DeepSpeed's threads now and then abort an
+    interpreter that shuts down in order (SIGABRT after clean work)."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -233,19 +231,12 @@ def _open_data(
     """The loader of the training part, and of the held-out part where there is one."""
     from dsllama.training.engine import accelerator, local_rank
 
-    opened = functools.partial(
-        DatasetLoader,
-        config.batch_size,
-        config.max_seq_len,
-        rank,
-        world_size,
-        TokenStream(config.dataset_dir, vocab_size),
-        f"cuda:{local_rank()}" if accelerator() == "cuda" else "cpu",
-        seed=config.seed,
-        validation_tokens=config.validation_tokens,
-    )
+    stream, held_out = TokenStream(config.dataset_dir, vocab_size), config.validation_tokens
+    device = f"cuda:{local_rank()}" if accelerator() == "cuda" else "cpu"
+    shape = config.batch_size, config.max_seq_len, rank, world_size, stream, device
+    opened = functools.partial(DatasetLoader, *shape, seed=config.seed, validation_tokens=held_out)
     train = opened(shuffle=config.shuffle, tokens_per_update=config.tokens_per_update)
-    return train, opened(split="validation") if config.validation_tokens else None
+    return train, opened(split="validation") if held_out else None
 
 
 def _unwritable(folders: dict[str, Path]) -> list[Problem]:

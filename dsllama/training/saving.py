@@ -61,8 +61,7 @@ class Saved:
 class Saver:
     """The saves of a run, one at a time. Every method but `progress` is collective.
 
-    folder: exists; where it has vanished it is not made anew, perhaps on another disk. form: "portable", or "deepspeed"
-    for what the engine itself writes.
+    folder: exists; where it has vanished it is not made anew, perhaps on another disk. form: `checkpoint_format`.
     """
 
     def __init__(self, folder: Path, world: World, engine: Any, form: str = "portable") -> None:
@@ -122,9 +121,8 @@ class Saver:
     ) -> None:
         """Begin to save; the state may change as soon as it returns.
 
-        manifest: what the caller knows (tokens, loss, data position, parallel_layout ...). attachments: name -> text of
-        small files that lie beside the engine's. pinned: whose loss is to come out again at a load. needed: bytes that
-        must be free. since: when the training stood still for it, by time.perf_counter.
+        manifest: what the caller knows. attachments: name -> text of small files. pinned: whose loss is to come out
+        again at a load. needed: bytes that must be free. since: when the training stood still, by time.perf_counter.
         Raises OSError on every rank if rank 0 cannot begin.
         """
         assert self._running is None, "one save at a time"

@@ -82,10 +82,8 @@ def parallel_layout(config: TrainingConfig, ds_config: dict[str, Any], ranks: in
 
 @dataclass
 class Streak:
-    """Updates in a row that were skipped; in_vain: those of them that brought no smaller loss scale.
-
-    It is saved: a run that is restarted again and again must not begin to count anew each time.
-    """
+    """Updates in a row that were skipped; in_vain: those of them that brought no smaller loss scale. It is saved, so
+    that a run that is restarted again and again does not count anew each time."""
 
     skipped: int = 0
     in_vain: int = 0
@@ -143,7 +141,11 @@ class Trainer:
         """Train until training_tokens are reached or somebody asks to stop; returns who did, "" for nobody."""
         config, updates = self.config, self.derived.updates
         loss, stopped_by, save_is_due = math.nan, "", False
-        with self._reporting():
+        with contextlib.ExitStack() as at_the_end:
+            if self.world.is_main:
+                self.report = Report(Path(config.log_file), tensorboard_dir(config), self.update, self.tokens)
+                at_the_end.callback(self.report.close)
+            at_the_end.callback(self._wait_for_housekeeping)
             self.clock = Stopwatch()
             while self.update < updates and not stopped_by:
                 self.update += 1
@@ -183,8 +185,7 @@ class Trainer:
         after_the_first = (lambda: self._say_when(self.clock.seconds, steps)) if first else lambda: None
         own, grad_norm = deepspeed_engine.update(self.engine, self.loader.get_batch, steps, after_the_first)
         own[0] *= self.config.batch_size * self.config.max_seq_len  # the model divides by all positions
-        # Beside these: stop requests, ranks whose part of a save is written, ranks that could not write it. One
-        # all-reduce for all.
+        # One all-reduce for these, stop requests, ranks whose part of a save is written, and ranks that could not.
         sums = torch.cat([own, own.new_tensor([bool(self.stop), *self.saver.progress()])])
         dist.all_reduce(sums)
         total, counted, requests, written, failed = sums.tolist()
@@ -231,7 +232,7 @@ class Trainer:
         if self.report is None:
             return
         rate, elapsed = self.clock.rate(self._tokens_here), self.clock.seconds
-        done = self.update - self.first_update + 1
+        done, saving = self.update - self.first_update + 1, sum(save.seconds for save in self.saved)
         flops = rate * self.derived.flops_per_token
         row = Row(
             update=self.update,
@@ -248,7 +249,9 @@ class Trainer:
             memory_gib=peak_memory_gib(self.world.device),
             validation_loss=validation,
             skipped_updates=self.engine.skipped_steps,
-            **_cost(self.saved),
+            save_stall=sum(save.stall for save in self.saved) if self.saved else None,
+            save_seconds=saving or None,
+            save_mb_per_second=sum(save.checkpoint.bytes for save in self.saved) / 1e6 / saving if saving else None,
         )
         self.saved.clear()
         self.report.row(row, self.derived.updates, elapsed / done * (self.derived.updates - self.update))
@@ -429,10 +432,8 @@ class Trainer:
             self._give_up(f"the gradient norm is {grad_norm} at {self._place(self.update)}. Nothing of it was saved")
 
     def _notice_skip(self, before: deepspeed_engine.Skips) -> None:
-        """Say that the engine has left this update out; too many in a row end the run.
-
-        DeepSpeed skips where gradients are not finite, on all ranks alike, and goes on without a word.
-        """
+        """Say that DeepSpeed has left this update out, on all ranks alike, since its gradients are not finite; too many
+        in a row end the run."""
         now, streak, limit = self.skips, self.streak, self.config.max_skipped_updates
         streak.skipped += 1
         scale = f" at loss scale {before.loss_scale:g}" if before.loss_scale else ""
@@ -488,28 +489,6 @@ class Trainer:
             print(f"checkpoint   {self.last_checkpoint.path}\nlog          {self.config.log_file}")
         if stopped_by:
             print("go on with   the same command and --load_ckpt true")
-
-    @contextlib.contextmanager
-    def _reporting(self) -> Iterator[None]:
-        if self.world.is_main:
-            log_file = Path(self.config.log_file)
-            self.report = Report(log_file, tensorboard_dir(self.config), self.update, self.tokens)
-        try:
-            yield
-        finally:
-            self._wait_for_housekeeping()
-            if self.report is not None:
-                self.report.close()
-
-
-def _cost(saved: list[Saved]) -> dict[str, float]:
-    """What saves have cost together, as a row tells it."""
-    if not saved:
-        return {}
-    seconds = sum(save.seconds for save in saved)
-    megabytes = sum(save.checkpoint.bytes for save in saved) / 1e6
-    stall = sum(save.stall for save in saved)
-    return {"save_stall": stall, "save_seconds": seconds, "save_mb_per_second": megabytes / seconds}
 
 
 class Stopwatch:
