@@ -157,11 +157,13 @@ class Trainer:
                     self._settle(last=False)
                 self._insist_on_finite(loss, grad_norm)
                 stopped_by = self.stop.signal_name or "another rank" if somebody_stops else ""
-                save_is_due |= self._crosses(config.token_ckpt)
+                # It is the first at or beyond a multiple of token_ckpt.
+                save_is_due |= self.tokens % config.token_ckpt < config.tokens_per_update
                 last = bool(stopped_by) or self.update == updates
                 # A checkpoint amid skipped updates could only be worth less than the next one.
                 saves = last or (save_is_due and not self.streak.skipped)
-                evaluates = self._every(config.eval_interval) or (saves and config.keep_best and not stopped_by)
+                logs = self.update % config.log_interval == 0 or self.update in (self.first_update, updates)
+                evaluates = self.update % config.eval_interval == 0 or (saves and config.keep_best and not stopped_by)
                 validation = self._evaluate() if evaluates and self.job.validation else None
                 if self.update == updates and self._skipped == self.update - self.first_update + 1:
                     self._give_up(f"{self._place(self.first_update)}: each was skipped, so nothing has been trained")
@@ -170,7 +172,7 @@ class Trainer:
                         save_is_due = False
                         self._save(loss, validation, last)
                 finally:
-                    if self._every(config.log_interval) or self.update in (self.first_update, updates) or validation:
+                    if logs or validation:
                         self._log(loss, grad_norm, validation)
                 if config.sample_prompts and is_sample_update(self.update, config):
                     self._sample()
@@ -216,15 +218,6 @@ class Trainer:
     def _skipped(self) -> int:
         """Updates of this process that have not changed the weights."""
         return self.skips.count - self.skips_before.count
-
-    # ------------------------------------------------------------ when
-
-    def _every(self, interval: int) -> bool:
-        return self.update % interval == 0
-
-    def _crosses(self, tokens: int) -> bool:
-        """Whether this update is the first at or beyond a multiple of `tokens`."""
-        return self.tokens // tokens > (self.tokens - self.config.tokens_per_update) // tokens
 
     # ------------------------------------------------------------ what
 
