@@ -241,8 +241,7 @@ def load_config(path: str | Path | None = None, overrides: dict[str, Any] | None
     try:
         return TrainingConfig(**{**values, **(overrides or {})})
     except UserError as error:
-        given = {name: f"--{name}" for name in overrides or {}}
-        given = {**{name: f"{path}: {name}" for name in values}, **given}
+        given = {name: f"{path}: {name}" for name in values} | {name: f"--{name}" for name in overrides or {}}
         located = [Problem(given.get(p.where, p.where), p.rule, p.remedy, p.value) for p in error.problems]
         raise UserError(located, error.title) from None
 

@@ -56,10 +56,8 @@ _HOW = ("max_seq_len", "use_flash_attention", "activation_checkpointing", "enabl
 def of_run(
     config: TrainingConfig, derived: Derived, ds_config: Json, world: World, earlier: Json | None = None
 ) -> tuple[Json, str]:
-    """A run's verdict, and what its head says of it; what is known is not tested again. Collective.
-
-    earlier: the verdict in the manifest of the checkpoint that the run goes on from. Raises UserError as `verdict_on`.
-    """
+    """A run's verdict, and what its head says of it; what is known (earlier: by the checkpoint that the run goes on
+    from) is not tested again. Collective. Raises UserError as `verdict_on`."""
     if config.self_test == "off":
         return {"result": "off"}, "self-test    off (self_test): nothing has shown that these settings train rightly"
     if reason := untestable(ds_config):

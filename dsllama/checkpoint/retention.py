@@ -60,8 +60,8 @@ class Policy:
 class Retention:
     """A policy applied to a folder of checkpoints, as a run adds to it.
 
-    until: the update that the run begins after; what lies beyond it has been passed over as damaged, and does not
-    count. warn: called with a sentence for what could not be removed; nothing else comes of it.
+    until: the update that the run begins after; what lies beyond it was passed over as damaged, and does not count.
+    warn: called with a sentence for what could not be removed; nothing else comes of it.
     """
 
     def __init__(self, policy: Policy, ckpt_dir: Path, warn: Callable[[str], Any], until: int | None = None) -> None:

@@ -11,27 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dsllama.checkpoint.fragments import (
-    KINDS,
-    MOMENTS,
-    DamagedFile,
-    Fragment,
-    Source,
-    Writer,
-    file_names,
-)
-from dsllama.checkpoint.holders import (
-    Holder,
-    Piece,
-    adam_step,
-    holders,
-    loading,
-    on_nvme,
-    replicated,
-    resident,
-    set_adam_step,
-    tensors,
-)
+from dsllama.checkpoint import holders
+from dsllama.checkpoint.fragments import KINDS, MOMENTS, DamagedFile, Fragment, Source, Writer, file_names
+from dsllama.checkpoint.holders import Holder, Piece
 from dsllama.generation import uncompiled
 
 # What a dynamic loss scaler has come to, as against how it was set up.
@@ -76,7 +58,7 @@ def _write(
 
 def copy_bytes(engine: Any) -> int | None:
     """What `copy` needs on this rank; None where the state lies on NVMe, no quicker to read than a disk to write."""
-    if any(on_nvme(engine, holder) for holder in holders(engine)):
+    if any(holders.on_nvme(engine, holder) for holder in holders.holders(engine)):
         return None
     return 4 * len(KINDS) * sum(piece.numel for piece in _pieces(engine))
 
@@ -115,9 +97,9 @@ def _fragments(pieces: list[Piece], kinds: Sequence[str]) -> list[Fragment]:
 
 def _data(engine: Any, kinds: Sequence[str] = KINDS) -> Iterator[tuple[Piece, str, Tensor]]:
     """What this rank is to write, in order; what lies on NVMe comes into memory group by group."""
-    for holder in holders(engine):
-        with resident(engine, holder) as here:
-            found = tensors(engine, here)
+    for holder in holders.holders(engine):
+        with holders.resident(engine, holder) as here:
+            found = holders.tensors(engine, here)
             for piece in _share(engine, here):
                 for kind in kinds:
                     # Where all updates so far were skipped there are no moments yet.
@@ -140,17 +122,17 @@ def whole(engine: Any) -> State:
 
 def optimizer_step(engine: Any) -> int:
     """How many updates the optimizer has made, as far as this rank knows."""
-    return max((adam_step(engine, holder) for holder in holders(engine)), default=0)
+    return max((holders.adam_step(engine, holder) for holder in holders.holders(engine)), default=0)
 
 
 def _pieces(engine: Any) -> list[Piece]:
     """All that this rank is to write."""
-    return [piece for holder in holders(engine) for piece in _share(engine, holder)]
+    return [piece for holder in holders.holders(engine) for piece in _share(engine, holder)]
 
 
 def _share(engine: Any, holder: Holder) -> Iterator[Piece]:
     """The pieces that this rank is to write of a holder."""
-    rank, ranks, shared_out = dist.get_rank(), dist.get_world_size(), replicated(engine)
+    rank, ranks, shared_out = dist.get_rank(), dist.get_world_size(), holders.replicated(engine)
     for piece in holder.pieces:
         low, high = 0, piece.numel
         if shared_out:
@@ -220,17 +202,17 @@ def raise_together(failure: str, kind: type[Exception] = DamagedFile) -> None:
 def _fill(engine: Any, read_into: ReadInto, kinds: Sequence[str], step: int) -> str:
     """Fill the holders' tensors of these kinds and set Adam's step; what was damaged for this rank. Collective."""
     failure = ""
-    with loading(engine):  # to its end on every rank: one that left it would leave the others waiting
-        for holder in holders(engine):
-            with resident(engine, holder, changed=True) as here:
-                found = tensors(engine, here, create=True)
+    with holders.loading(engine):  # to its end on every rank: one that left it would leave the others waiting
+        for holder in holders.holders(engine):
+            with holders.resident(engine, holder, changed=True) as here:
+                found = holders.tensors(engine, here, create=True)
                 try:
                     for piece in here.pieces if not failure else []:
                         for kind in kinds:
                             read_into(piece.name, kind, piece.start, _part(found[kind], piece))
                 except DamagedFile as error:
                     failure = str(error)
-                set_adam_step(engine, here, step)
+                holders.set_adam_step(engine, here, step)
     return failure
 
 

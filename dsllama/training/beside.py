@@ -201,8 +201,7 @@ class _Engine:
         """Of update 1 at the end of the warmup, of later ones amid the schedule: where one update late shows most."""
         config, updates = self.subject.config, self.subject.derived.updates
         warmup = config.warmup_iterations
-        wanted = max(1, warmup - 1) if number == 1 else (warmup + updates) // 2 + number
-        wanted = min(wanted, updates)
+        wanted = min(updates, max(1, warmup - 1) if number == 1 else (warmup + updates) // 2 + number)
         self.rates.clear()
         self.scheduler.step(wanted)
         return learning_rate(wanted, config.schedule, updates, warmup, config.max_lr, config.min_lr)

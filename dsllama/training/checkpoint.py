@@ -12,15 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dsllama.checkpoint import state
-from dsllama.checkpoint.catalog import (
-    Checkpoint,
-    list_checkpoints,
-    newest_whole,
-    none_is_whole,
-    open_checkpoint,
-    update_of,
-)
+from dsllama.checkpoint import catalog, state
+from dsllama.checkpoint.catalog import Checkpoint, list_checkpoints
 from dsllama.checkpoint.fragments import Source
 from dsllama.config import TrainingConfig
 from dsllama.data.tokenizer import Tokenizer
@@ -52,12 +45,12 @@ def choose(config: TrainingConfig) -> Checkpoint | None:
             raise UserError(Problem("ckpt_dir", rule, remedy, config.ckpt_dir))
         return None
     if isinstance(config.load_ckpt, str) and config.load_ckpt != "auto":
-        named = open_checkpoint(config.load_ckpt, logger.warning, resumable=True)
+        named = catalog.open_checkpoint(config.load_ckpt, logger.warning, resumable=True)
         _refuse_to_overwrite(named, existing, config)
         return named
-    chosen = newest_whole(config.ckpt_dir, logger.warning, resumable=True)
+    chosen = catalog.newest_whole(config.ckpt_dir, logger.warning, resumable=True)
     if chosen is None and (existing or config.load_ckpt is True):
-        raise UserError(none_is_whole("ckpt_dir", Path(config.ckpt_dir), resumable=True))
+        raise UserError(catalog.none_is_whole("ckpt_dir", Path(config.ckpt_dir), resumable=True))
     return chosen
 
 
@@ -69,9 +62,9 @@ def next_whole(job: Job, damaged: Checkpoint, reason: str) -> Checkpoint:
         remedy = f"beside it: {', '.join(others[-3:])}" if others else "give the path of another one"
         raise UserError(Problem(str(damaged.path), f"is damaged: {reason}", remedy), "cannot load the checkpoint")
     logger.warning(f"passing over the damaged checkpoint {damaged.path}: {reason}")
-    found = newest_whole(folder, logger.warning, before=damaged.update, resumable=True)
+    found = catalog.newest_whole(folder, logger.warning, before=damaged.update, resumable=True)
     if found is None:
-        raise UserError(none_is_whole("ckpt_dir", folder, resumable=True))
+        raise UserError(catalog.none_is_whole("ckpt_dir", folder, resumable=True))
     if problems := incompatibilities(found, job.config, job.parallel_layout, job.derived.vocab_size):
         raise UserError(problems)
     return found
@@ -88,7 +81,7 @@ def _refuse_to_overwrite(chosen: Checkpoint, existing: list[Path], config: Train
     elsewhere = chosen.path.parent.resolve() != Path(config.ckpt_dir).resolve()
     if not elsewhere and not _by_name(config):
         return  # what lies ahead has been passed over
-    ahead = [p for p in existing if elsewhere or update_of(p) > chosen.update]
+    ahead = [p for p in existing if elsewhere or catalog.update_of(p) > chosen.update]
     if ahead:
         rule = f"holds {ahead[-1].name}, which a run from {chosen.path} would write over"
         remedy = "use another --ckpt_dir, or move those checkpoints away"
@@ -191,8 +184,7 @@ def load(checkpoint: Checkpoint, world: World, engine: Any, pinned: state.Pinned
         restore_random_state(own, world)
     else:  # draws that no rank has made before
         torch.manual_seed(manifest["seed"] + 1 + world.rank + 1000 * checkpoint.update)
-    wrong = state.proof(engine, manifest, pinned, precision)
-    if wrong:
+    if wrong := state.proof(engine, manifest, pinned, precision):
         raise RuntimeError(f"{checkpoint.path}: {wrong}")
 
 

@@ -69,7 +69,6 @@ class World:
 
     def ask_main(self, question: Callable[..., Any], *arguments: Any) -> Any:
         """What a call comes to on the first rank, on every rank: its value, or the UserError raised. Collective."""
-        found = None
         try:
             found = question(*arguments) if self.is_main else None
         except UserError as error:
