@@ -75,7 +75,8 @@ class PlainLoop:
 
     def update(self, before: State, number: int, loss_scale: float = 1.0) -> After:
         """What update `number` makes of the state `before` (fp32, whole); the weights follow by `weight`. Collective. A
-        rank computes the next one's samples: one that computes wrongly, or sees other data, must not agree with itself."""
+        rank computes the next one's samples: one that computes wrongly, or sees other data, cannot agree with itself.
+        """
         config, parameters = self.config, dict(self.model.named_parameters())
         with torch.no_grad():
             for name, parameter in parameters.items():
