@@ -2,8 +2,7 @@
 
     YAML or JSON file + command line -> values -> fields checked one by one -> rules between fields -> config
 
-Everything that is wrong is collected and raised as one UserError, before any work starts. Numbers that
-follow from these (accumulation, updates, parameters) are computed in `derived.py` and nowhere else.
+Numbers that follow from these (accumulation, updates, parameters) are computed in `derived.py` and nowhere else.
 The fields that the textbook names keep its names and defaults.
 """
 
@@ -44,8 +43,7 @@ def _parse_stage(value: Any) -> Any:
 
 
 def _parse_switch(value: Any) -> Any:
-    value = str(value) if isinstance(value, bool) else value  # YAML's on and off
-    word = _in_small_letters(value)
+    word = _in_small_letters(str(value) if isinstance(value, bool) else value)  # YAML's on and off
     return {"true": "auto", "on": "auto", "false": "off"}.get(word, word) if isinstance(word, str) else word
 
 
@@ -54,8 +52,10 @@ Device = Annotated[Literal["none", "cpu", "nvme"], _Word]
 
 
 def _parse_load(value: Any) -> Any:
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str):
         return value
+    if not value.strip():
+        raise ValueError("must be true, false, auto or a path")
     return {"auto": "auto", "true": True, "false": False}.get(value.strip().lower(), parse_path(value))
 
 
@@ -236,16 +236,12 @@ class TrainingConfig(BaseModel):
 
 
 def load_config(path: str | Path | None = None, overrides: dict[str, Any] | None = None) -> TrainingConfig:
-    """The configuration from a YAML or JSON file (or the defaults), with overrides laid over it.
-
-    Raises UserError with the file's problems, or with all problems of all fields.
-    """
+    """The configuration from a YAML or JSON file (or the defaults), with overrides laid over it. Raises UserError."""
     values = read_settings(Path(path)) if path is not None else {}
     try:
         return TrainingConfig(**{**values, **(overrides or {})})
     except UserError as error:
-        given = {name: f"--{name}" for name in overrides or {}}
-        given = {**{name: f"{path}: {name}" for name in values}, **given}
+        given = {name: f"{path}: {name}" for name in values} | {name: f"--{name}" for name in overrides or {}}
         located = [Problem(given.get(p.where, p.where), p.rule, p.remedy, p.value) for p in error.problems]
         raise UserError(located, error.title) from None
 
@@ -287,8 +283,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without its worst surprises: a key given twice is an error, not the last one; a date is text, 010 is ten and
-    1:30 no number at all."""
+    """YAML without its worst surprises: a key given twice is an error, a date is text, 010 is ten, 1:30 no number."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012
         letter: [(tag, rule) for tag, rule in resolvers if tag.split(":")[-1] not in ("timestamp", "int", "float")]

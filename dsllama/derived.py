@@ -50,12 +50,8 @@ class Derived:
 
 
 def derive(config: TrainingConfig, world_size: int, vocab_size: int) -> Derived:
-    """All derived numbers for `world_size` ranks and a vocabulary of `vocab_size` rows.
-
-    Raises UserError if tokens_per_update is not a whole number of micro-steps on so many ranks.
-    """
-    problems = rules.check_world_size(config, world_size)
-    if problems:
+    """All derived numbers. Raises UserError if tokens_per_update is no whole number of micro-steps on so many ranks."""
+    if problems := rules.check_world_size(config, world_size):
         raise UserError(problems, "the configuration is wrong")
     sequences = config.tokens_per_update // config.max_seq_len
     updates = -(-config.training_tokens // config.tokens_per_update)

@@ -32,10 +32,7 @@ def ffn_hidden_size(n_embd: int, multiple_of: int) -> int:
 
 
 def parameter_count(config: Any, vocab_size: int) -> tuple[int, int]:
-    """(all parameters, those without the input embedding) of a model, in closed form, without building it.
-
-    A tied matrix is counted once, and counts as the output head.
-    """
+    """(all parameters, those without the input embedding), in closed form; a tied matrix counts as the output head."""
     width, hidden = config.n_embd, ffn_hidden_size(config.n_embd, config.multiple_of)
     kv_width = (config.n_kv_heads or config.n_heads) * (width // config.n_heads)
     block = 2 * width * width + 2 * width * kv_width + 3 * width * hidden + 2 * width
@@ -59,8 +56,7 @@ class Linear(nn.Linear):
         self.std = std
         super().__init__(in_features, out_features, bias=False)
 
-    def reset_parameters(self) -> None:
-        """Draw the weights; nn.Linear calls it while it is built."""
+    def reset_parameters(self) -> None:  # nn.Linear calls it while it is built
         _draw(self.weight, self.std)
 
 
@@ -68,21 +64,7 @@ class Embedding(nn.Embedding):
     """Token embedding, drawn from N(0, 0.02)."""
 
     def reset_parameters(self) -> None:
-        """Draw the weights; nn.Embedding calls it while it is built."""
         _draw(self.weight, _STD)
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, with statistics in fp32 (Zhang and Sennrich 2019)."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (..., D) -> the same shape and type."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -144,9 +126,9 @@ class Block(nn.Module):
         super().__init__()
         self.layer = layer
         self.dropout = config.dropout
-        self.input_layernorm = RMSNorm(config.n_embd, config.eps)
+        self.input_layernorm = nn.RMSNorm(config.n_embd, config.eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.n_embd, config.eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.n_embd, config.eps)
         self.mlp = FeedForward(config)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: KeyValueCache | None = None) -> Tensor:
@@ -163,11 +145,8 @@ class LLaMaTransformer(nn.Module):
 
     def __init__(self, config: Any, tokenizer: Any, device: str | torch.device = "cpu") -> None:
         """config: a TrainingConfig, or anything with its model fields. tokenizer: gives vocab_size, and text to
-        `generate`; may be None where config.vocab_size is set. device: where the parameters are built ("meta": nowhere
-        yet, for whoever puts others in their places).
-
-        Raises UserError if config.vocab_size has no room for the tokenizer's ids.
-        """
+        `generate`; may be None where config.vocab_size is set. device: where the parameters are built, "meta" for
+        nowhere yet. Raises UserError if config.vocab_size has no room for the tokenizer's ids."""
         super().__init__()
         self.config = config
         self.tokenizer = tokenizer
@@ -177,7 +156,7 @@ class LLaMaTransformer(nn.Module):
         with torch.device(device):
             self.embed_tokens = Embedding(self.vocab_size, config.n_embd)
             self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
-            self.norm = RMSNorm(config.n_embd, config.eps)
+            self.norm = nn.RMSNorm(config.n_embd, config.eps)
             # Logits of about n_embd**-0.5 at the start: a loss of ln(vocabulary), whatever the depth and width.
             # A tied matrix takes this scale too: at 0.02 the loss would start 0.0002 n_embd nats higher.
             self.lm_head = Linear(config.n_embd, self.vocab_size, std=1 / config.n_embd)
@@ -230,9 +209,8 @@ class LLaMaTransformer(nn.Module):
     ) -> str:
         """`text` and its continuation: <SOS> and the text are read, then at most `max_new_tokens` tokens drawn.
 
-        temperature 0 is greedy; top_p is the nucleus; eos_token ends it, None for never. One seed gives one text;
-        None takes another each time. agree: see `generate_ids`; several ranks that hold parts of one model (ZeRO-3)
-        need it. Training's random state and mode are left as they were.
+        temperature 0 is greedy; eos_token ends it, None for never; a seed of None gives another text each time. agree:
+        see `generate_ids`. Training's random state and mode are left as they were.
         Raises UserError for values out of range, an unknown eos_token or a model without a tokenizer.
         """
         problems = sampling_problems(max_new_tokens, temperature, top_p, seed)

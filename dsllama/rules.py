@@ -106,9 +106,3 @@ def _retention_makes_sense(c: TrainingConfig) -> Iterator[Problem]:
     if c.keep_weights and c.checkpoint_format != "portable":
         rule = "needs checkpoint_format portable: in DeepSpeed's own files weights and optimizer are not apart"
         yield Problem("keep_weights", rule, "use checkpoint_format portable, or keep_weights false", True)
-
-
-@_rule("load_ckpt")
-def _resume_names_something(c: TrainingConfig) -> Iterator[Problem]:
-    if isinstance(c.load_ckpt, str) and not c.load_ckpt.strip():
-        yield Problem("load_ckpt", "must be true, false, auto or a path", "use true for the newest one", c.load_ckpt)

@@ -51,10 +51,7 @@ class Scheduler:
         max_lr: float,
         min_lr: float,
     ) -> None:
-        """torch_optimizer: has param_groups; None to link one later through `optimizer`.
-
-        Raises ValueError where the schedule is unknown or the numbers do not make one.
-        """
+        """torch_optimizer: has param_groups; None for none yet. Raises ValueError for what makes no schedule."""
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule must be cosine, linear or constant, not {schedule!r}")
         if training_steps < 1 or warmup_steps < 0:

@@ -13,7 +13,6 @@ A run asks for it before its first update (`self_test: auto`). What has passed i
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import hashlib
@@ -30,7 +29,7 @@ from typing import Any
 
 import torch
 
-from dsllama import arguments, console
+from dsllama import console
 from dsllama.checkpoint.catalog import timestamp
 from dsllama.checkpoint.retention import SELF_TEST
 from dsllama.config import TrainingConfig
@@ -57,10 +56,8 @@ _HOW = ("max_seq_len", "use_flash_attention", "activation_checkpointing", "enabl
 def of_run(
     config: TrainingConfig, derived: Derived, ds_config: Json, world: World, earlier: Json | None = None
 ) -> tuple[Json, str]:
-    """A run's verdict, and what its head says of it; what is known is not tested again. Collective.
-
-    earlier: the verdict in the manifest of the checkpoint that the run goes on from. Raises UserError as `verdict_on`.
-    """
+    """A run's verdict, and what its head says of it; what is known (earlier: by the checkpoint that the run goes on
+    from) is not tested again. Collective. Raises UserError as `verdict_on`."""
     if config.self_test == "off":
         return {"result": "off"}, "self-test    off (self_test): nothing has shown that these settings train rightly"
     if reason := untestable(ds_config):
@@ -73,8 +70,8 @@ def of_run(
     known = world.tell(known)
     if known is not None:
         return known, f"{summary(known)}; known since {known['at']}"
-    if world.is_main and config.enable_compilation:
-        print(f"self-test    compiles {_model(subject)}, which may take a minute", flush=True)
+    if config.enable_compilation:
+        world.say(f"self-test    compiles {_model(subject)}, which may take a minute")
     verdict = verdict_on(subject, world, Path(config.ckpt_dir))
     if world.is_main:
         _keep(verdict)
@@ -212,13 +209,11 @@ def _keep(verdict: Json) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """`test` on every rank of a launch, from the command line; returns the exit code."""
-    parser = arguments.Parser(prog="deepspeed --module dsllama.selftest", description="Prove a configuration.")
-    arguments.add_config_options(parser)
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
     console.settle()
     rank, ranks = deepspeed_engine.world_from_environment()
     try:
-        return test(arguments.config_from(parser.parse_args(argv)), rank, ranks)
+        config = run.parse(argv, "deepspeed --module dsllama.selftest", "Prove a configuration.")
+        return test(config, rank, ranks)
     except UserError as error:
         return run.complain(str(error), rank, EXIT_USER_ERROR)
 
@@ -232,16 +227,14 @@ def test(config: TrainingConfig, rank: int = 0, ranks: int = 1) -> int:
         raise UserError(problems)
     operations.make_ready(ds_config, is_main=rank == 0)
     world = deepspeed_engine.start(rank, ranks)
-    if world.is_main:
-        print("\n".join(engine_lines(config, ds_config)), flush=True)
+    world.say("\n".join(engine_lines(config, ds_config)))
     told, code = untestable(ds_config), 0
     if not told:
         verdict = verdict_on(reduced(config, derived, ds_config), world, Path(config.ckpt_dir))
         told, code = summary(verdict), run.EXIT_FAILED if verdict["failed"] else 0
         if world.is_main:
             _keep(verdict)
-    if world.is_main:
-        print(told, flush=True)
+    world.say(told)
     return code
 
 

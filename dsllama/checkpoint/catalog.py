@@ -4,9 +4,7 @@
         manifest.json                   update, tokens, loss, data position, counters, sizes and digests of files
         config.yaml deepspeed.json tokenizer.json
         weights_00000.safetensors       what each rank holds of weights and moments, by name; see fragments.py
-        optimizer_00000.safetensors ...
-
-With `checkpoint_format: deepspeed` what the engine itself writes, in engine/, is in the place of the last.
+        optimizer_00000.safetensors ... (with `checkpoint_format: deepspeed` engine/, what the engine itself writes)
 
 The manifest is the commit: a folder without one is none. What it says is looked at when a checkpoint is chosen, with
 the sizes of the files; their contents are checked while they are read, and all of them by `damages`.
@@ -14,6 +12,7 @@ the sizes of the files; their contents are checked while they are read, and all 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import time
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dsllama import files
-from dsllama.checkpoint.fragments import DamagedFile, problems_of
+from dsllama.checkpoint.fragments import DamagedFile, StateFile
 from dsllama.config import TrainingConfig, load_config
 from dsllama.errors import Problem, UserError
 
@@ -89,11 +88,14 @@ class Checkpoint:
 
     def damages_of(self, name: str) -> list[str]:
         """What in a file is not as it was saved."""
-        entry = self.manifest["files"][name]
-        if "blocks" in entry:
-            return problems_of(self.path / name, entry)
+        entry, path = self.manifest["files"][name], self.path / name
         try:
-            whole = files.sha256(self.path / name) == entry["sha256"]
+            if "blocks" in entry:
+                with contextlib.closing(StateFile(path, entry)) as file:
+                    return list(file.damages())
+            whole = files.sha256(path) == entry["sha256"]
+        except DamagedFile as error:
+            return [str(error)]
         except OSError as error:
             return [f"{name} cannot be read ({error.strerror})"]
         return [] if whole else [f"{name} does not have the checksum that it was saved with"]
@@ -110,25 +112,20 @@ def topology(layout: dict[str, Any]) -> str:
 
 
 def summary(path: Path, read: bool = False) -> dict[str, Any]:
-    """A checkpoint for people and programs, plain values; `problems` is empty where it is whole.
-
-    read: everything in it, and not only its manifest.
-    """
+    """A checkpoint for people and programs; `problems` is empty where it is whole. read: all of it, not its manifest
+    only."""
     found = look_at(path)
-    told: dict[str, Any] = {"path": str(path), "update": update_of(path) if _NAME.fullmatch(path.name) else None}
     if isinstance(found, str):
-        return {**told, "problems": [found]}
-    manifest = found.manifest
+        update = update_of(path) if _NAME.fullmatch(path.name) else None
+        return {"path": str(path), "update": update, "problems": [found]}
     return {
         "path": str(path),
         "update": found.update,
         "tokens": found.tokens,
-        "loss": manifest.get("loss"),
-        "validation_loss": manifest.get("validation_loss"),
-        "saved_at": manifest.get("saved_at"),
+        **{name: found.manifest.get(name) for name in ("loss", "validation_loss", "saved_at")},
         "age_seconds": found.age,
-        "topology": manifest["parallel_layout"],
-        "state": manifest["state"],
+        "topology": found.manifest["parallel_layout"],
+        "state": found.manifest["state"],
         "bytes": found.bytes,
         "problems": list(found.damages()) if read else [],
     }
@@ -164,10 +161,9 @@ def update_of(path: Path) -> int:
 
 
 def open_checkpoint(path: str | Path, warn: Callable[[str], Any] | None = None, resumable: bool = False) -> Checkpoint:
-    """The checkpoint in a folder; given a folder of checkpoints, its newest whole one.
+    """The checkpoint in a folder; given a folder of checkpoints, its newest whole one. Raises UserError.
 
     resumable: with the optimizer's state. warn: called with a sentence for each that is passed over.
-    Raises UserError with what is wrong.
     """
     path = Path(path).resolve()
     if list_checkpoints(path):
@@ -179,14 +175,12 @@ def open_checkpoint(path: str | Path, warn: Callable[[str], Any] | None = None, 
     reason = found if isinstance(found, str) else _unresumable(found, resumable)
     if not isinstance(found, str) and not reason:
         return found
-    beside = [p for p in list_checkpoints(path.parent) if p != path]
-    looked_at = [look_at(each) for each in beside]
+    looked_at = [look_at(each) for each in list_checkpoints(path.parent) if each != path]
     others = [str(c.path) for c in looked_at if isinstance(c, Checkpoint) and not _unresumable(c, resumable)]
     remedy = f"whole ones beside it: {', '.join(others[-3:])}" if others else "give the path of a checkpoint"
     if not isinstance(found, str):
         remedy = f"--init_from {path} begins anew with its weights; {remedy}"
-    problem = Problem(str(path), f"is not a whole checkpoint: {reason}", remedy)
-    raise UserError(problem, "cannot load the checkpoint")
+    raise UserError(Problem(str(path), f"is not a whole checkpoint: {reason}", remedy), "cannot load the checkpoint")
 
 
 def none_is_whole(where: str, folder: Path, resumable: bool) -> Problem:
@@ -203,10 +197,7 @@ def none_is_whole(where: str, folder: Path, resumable: bool) -> Problem:
 
 
 def newest_whole(
-    ckpt_dir: str | Path,
-    warn: Callable[[str], Any] | None = None,
-    before: int | None = None,
-    resumable: bool = False,
+    ckpt_dir: str | Path, warn: Callable[[str], Any] | None = None, before: int | None = None, resumable: bool = False
 ) -> Checkpoint | None:
     """The newest whole checkpoint, or None. before: only of earlier updates. The rest as `open_checkpoint`."""
     for path in reversed(list_checkpoints(ckpt_dir)):

@@ -6,9 +6,8 @@
                                   keeps for itself (U8); whoever only wants weights needs none of it
 
 A fragment is a range of a flattened parameter: all of it in the parameter's shape, or a part of it in one dimension;
-where it begins is in the manifest, and in the header's metadata. `__blocks__` holds the sha256 of every 4 MiB of what
-lies between header and table. The manifest holds the digests of header and table, so reading any range checks itself.
-Any reader of safetensors opens such a file; nothing in it can run code.
+where it begins is in the manifest and the header's metadata. `__blocks__` holds the sha256 of every 4 MiB of data, the
+manifest the digests of header and table, so reading any range checks itself. Any reader of safetensors opens it.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ import os
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +50,9 @@ class DamagedFile(Exception):
     """A file is not as it was saved; the message names it, and the block and parameter where they are known."""
 
 
-def weights_file(rank: int) -> str:
-    """The file with the weights that a rank writes."""
-    return f"weights_{rank:05d}.safetensors"
-
-
-def optimizer_file(rank: int) -> str:
-    """The file with the moments of the same ranges."""
-    return f"optimizer_{rank:05d}.safetensors"
+def file_names(rank: int) -> tuple[str, str]:
+    """Of what a rank writes: of the weights, and of the moments of the same ranges."""
+    return f"weights_{rank:05d}.safetensors", f"optimizer_{rank:05d}.safetensors"
 
 
 # ---------------------------------------------------------------- writing
@@ -79,7 +74,7 @@ def header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping
 _WIDTHS = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1}
 
 
-class Writer:
+class Writer(contextlib.AbstractContextManager["Writer"]):
     """Writes a file: `add` each fragment's data in the order of `fragments`, then `finish`. Raises OSError.
 
     own: U8 tensors that belong to the rank and to no parameter (its random state).
@@ -99,9 +94,6 @@ class Writer:
         self._buffer, self._filled = torch.empty(BLOCK, dtype=torch.uint8), 0
         self._file = path.open("wb", buffering=0)
         write_all(self._file.fileno(), self._header)
-
-    def __enter__(self) -> Writer:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
@@ -159,10 +151,8 @@ def _sha256(data: bytes) -> str:
 
 
 class StateFile:
-    """One file, checked against its entry in the manifest: header and table at once, blocks as they are read.
-
-    Raises DamagedFile wherever it is not as it was saved.
-    """
+    """One file, checked against its entry in the manifest: header and table at once, blocks as they are read. Raises
+    DamagedFile."""
 
     def __init__(self, path: Path, entry: dict[str, Any]) -> None:
         self.path = path
@@ -177,22 +167,20 @@ class StateFile:
             raise
 
     def _open(self, entry: dict[str, Any]) -> None:
-        path = self.path
-        size = os.fstat(self._file.fileno()).st_size
+        name, size = self.path.name, os.fstat(self._file.fileno()).st_size
         if size != entry["bytes"]:
-            raise DamagedFile(f"{path.name} has {size} bytes instead of {entry['bytes']}")
-        length = self._read_at(0, 8)
-        (length_of_text,) = struct.unpack("<Q", length)
-        text = length + self._read_at(8, min(length_of_text, size - 8))
+            raise DamagedFile(f"{name} has {size} bytes instead of {entry['bytes']}")
+        (length,) = struct.unpack("<Q", self._read_at(0, 8))
+        text = self._read_at(0, min(8 + length, size))
         if _sha256(text) != entry["header"]:
-            raise DamagedFile(f"{path.name} has another header than it was saved with")
+            raise DamagedFile(f"{name} has another header than it was saved with")
         self.tensors: dict[str, Any] = json.loads(text[8:])
         del self.tensors["__metadata__"]
         self._base = len(text)
         self.data_end, end = self.tensors.pop(TABLE)["data_offsets"]
         table = self._read_at(self._base + self.data_end, end - self.data_end)
         if _sha256(table) != entry["blocks"]:
-            raise DamagedFile(f"{path.name} has another table of blocks than it was saved with")
+            raise DamagedFile(f"{name} has another table of blocks than it was saved with")
         self._digests = [table[at : at + _DIGEST] for at in range(0, len(table), _DIGEST)]
         self._number, self._block = -1, b""
 
@@ -240,22 +228,22 @@ class StateFile:
     def _read_at(self, at: int, length: int) -> bytes:
         data = b""
         try:
-            while len(data) < length:
-                more = os.pread(self._file.fileno(), length - len(data), at + len(data))
-                if not more:
-                    raise DamagedFile(f"{self.path.name} ends early")
+            while len(data) < length and (more := os.pread(self._file.fileno(), length - len(data), at + len(data))):
                 data += more
         except OSError as error:
             raise DamagedFile(f"{self.path.name} cannot be read ({error.strerror})") from None
+        if len(data) < length:
+            raise DamagedFile(f"{self.path.name} ends early")
         return data
 
 
-class Source:
-    """Any range of any parameter of a checkpoint, whichever ranks wrote it. Opens only the files that are asked for."""
+class Source(contextlib.AbstractContextManager["Source"], Mapping[str, Tensor]):
+    """Any range of any parameter of a checkpoint, whichever ranks wrote it; a mapping of all names to whole weights."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder = folder
         self.shapes: dict[str, tuple[int, ...]] = {n: tuple(s) for n, s in manifest["parameters"].items()}
+        self._shared: dict[str, str] = manifest["shared"]
         self._entries = {name: entry for name, entry in manifest["files"].items() if "blocks" in entry}
         self._where: dict[str, list[tuple[int, int, str]]] = {name: [] for name in self.shapes}
         for file, entry in self._entries.items():
@@ -265,18 +253,23 @@ class Source:
             places.sort()
         self._files: dict[str, StateFile] = {}
 
-    def __enter__(self) -> Source:
-        return self
-
     def __exit__(self, *_: object) -> None:
         for file in self._files.values():
             file.close()
         self._files.clear()
 
+    def __getitem__(self, name: str) -> Tensor:
+        return self.read(self._shared.get(name, name))
+
+    def __iter__(self) -> Iterator[str]:
+        return chain(self.shapes, self._shared)
+
+    def __len__(self) -> int:
+        return len(self.shapes) + len(self._shared)
+
     def read_into(self, name: str, kind: str, start: int, out: Tensor) -> None:
         """Fill `out`, 1-D fp32 on any device, with elements start ... of a parameter. Raises DamagedFile."""
-        end = done = start
-        end += out.numel()
+        done, end = start, start + out.numel()
         for first, numel, file in self._where[name]:
             low, high = max(first, start), min(first + numel, end)
             if low >= high:
@@ -297,7 +290,7 @@ class Source:
 
     def own(self, rank: int) -> Iterator[tuple[str, Tensor]]:
         """What a rank kept for itself."""
-        name = optimizer_file(rank)
+        _, name = file_names(rank)
         # Format 3 had everything in one file a rank.
         file = self.file(name if name in self._entries else name.replace("optimizer_", "state_"))
         for name, entry in file.tensors.items():
@@ -311,12 +304,3 @@ class Source:
         if name not in self._files:
             self._files[name] = StateFile(self.folder / name, self._entries[name])
         return self._files[name]
-
-
-def problems_of(path: Path, entry: dict[str, Any]) -> list[str]:
-    """What is wrong with a file, every block of it read; empty where nothing is."""
-    try:
-        with contextlib.closing(StateFile(path, entry)) as file:
-            return list(file.damages())
-    except DamagedFile as error:
-        return [str(error)]

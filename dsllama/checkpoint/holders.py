@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -71,15 +72,12 @@ def holders(engine: Any) -> Iterator[Holder]:
         for group, (parameters, low, flat) in enumerate(zip(groups, low_precision, flats, strict=True)):
             rank = dist.get_rank(group=optimizer.real_dp_process_group[group])
             yield Holder(flat, flat, list(_cuts(parameters, low, rank * flat.numel(), flat.numel(), names)), group)
-    elif kind == "FP16_UnfusedOptimizer":
-        for low, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-            for parameter, master in zip(low, masters, strict=True):
-                piece = Piece(names[parameter], tuple(parameter.shape), 0, parameter.numel(), 0)
-                yield Holder(master.detach().view(-1), master, [piece])
-    elif isinstance(optimizer, torch.optim.Optimizer):
-        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+    elif kind == "FP16_UnfusedOptimizer" or isinstance(optimizer, torch.optim.Optimizer):
+        masters = [p for group in engine.basic_optimizer.param_groups for p in group["params"]]
+        used = masters if optimizer is engine.basic_optimizer else chain(*optimizer.fp16_groups)
+        for parameter, master in zip(used, masters, strict=True):
             piece = Piece(names[parameter], tuple(parameter.shape), 0, parameter.numel(), 0)
-            yield Holder(parameter.detach().view(-1), parameter, [piece])
+            yield Holder(master.detach().view(-1), master, [piece])
     else:
         raise TypeError(f"{kind} keeps its state in a way that is not known here")
 
@@ -97,10 +95,8 @@ def _partitions(optimizer: Any, parameters: list[Any], names: dict[Any, str]) ->
 
 
 def _cuts(parameters: list[Tensor], flat: Tensor, low: int, size: int, names: dict[Any, str]) -> Iterator[Piece]:
-    """ZeRO-1 and 2: all parameters of a group lie in one tensor, of which a rank has one range.
-
-    Where, their addresses say: DeepSpeed's own table (`_hp_mapping`) is wrong under round_robin_gradients.
-    """
+    """ZeRO-1 and 2: all parameters of a group lie in one tensor, of which a rank has one range. Where, their addresses
+    say: DeepSpeed's own table (`_hp_mapping`) is wrong under round_robin_gradients."""
     for parameter in parameters:
         at = (parameter.data_ptr() - flat.data_ptr()) // flat.element_size()
         first, last = max(at, low), min(at + parameter.numel(), low + size)

@@ -11,17 +11,11 @@ import json
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from dsllama.checkpoint.catalog import (
-    MANIFEST,
-    Checkpoint,
-    digest,
-    list_checkpoints,
-    look_at,
-    update_of,
-)
+from dsllama.checkpoint.catalog import MANIFEST, Checkpoint, digest, list_checkpoints, look_at, update_of
 from dsllama.errors import Problem, UserError
 from dsllama.files import write_atomically
 from dsllama.locks import hold
@@ -49,12 +43,9 @@ class Policy:
         ordered = sorted(found, key=lambda c: c.update)
         resumable = [c for c in ordered if c.resumable]
         kept = {c.update for c in resumable[-self.last :]}
-        if self.every is not None:
-            before = 0
-            for c in ordered:
-                if c.tokens // self.every > before // self.every:
-                    kept.add(c.update)
-                before = c.tokens
+        if (every := self.every) is not None:
+            steps = zip(ordered, pairwise([0, *(c.tokens for c in ordered)]), strict=True)
+            kept |= {c.update for c, (before, tokens) in steps if tokens // every > before // every}
         judged = [c for c in ordered if c.manifest.get("validation_loss") is not None]
         judged.sort(key=lambda c: c.manifest["validation_loss"])
         kept |= {c.update for c in judged[: self.best]}
@@ -69,8 +60,8 @@ class Policy:
 class Retention:
     """A policy applied to a folder of checkpoints, as a run adds to it.
 
-    until: the update that the run begins after; what lies beyond it has been passed over as damaged, and does not
-    count. warn: called with a sentence for what could not be removed; nothing else comes of it.
+    until: the update that the run begins after; what lies beyond it was passed over as damaged, and does not count.
+    warn: called with a sentence for what could not be removed; nothing else comes of it.
     """
 
     def __init__(self, policy: Policy, ckpt_dir: Path, warn: Callable[[str], Any], until: int | None = None) -> None:
@@ -187,11 +178,10 @@ def tidy(ckpt_dir: Path, warn: Callable[[str], Any]) -> list[Path]:
         except OSError as error:
             warn(f"could not remove {path}, which an earlier run has left: {error.strerror or error}")
     for path in list_checkpoints(ckpt_dir):
-        if any(path.glob(f"{_OPTIMIZER}*")):
-            found = look_at(path)
-            if isinstance(found, Checkpoint) and not found.resumable:
-                with contextlib.suppress(OSError):
-                    _remove_dropped(found)
+        found = look_at(path) if any(path.glob(f"{_OPTIMIZER}*")) else ""
+        if isinstance(found, Checkpoint) and not found.resumable:
+            with contextlib.suppress(OSError):
+                _remove_dropped(found)
     return removed
 
 

@@ -11,28 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dsllama.checkpoint.fragments import (
-    KINDS,
-    MOMENTS,
-    DamagedFile,
-    Fragment,
-    Source,
-    Writer,
-    optimizer_file,
-    weights_file,
-)
-from dsllama.checkpoint.holders import (
-    Holder,
-    Piece,
-    adam_step,
-    holders,
-    loading,
-    on_nvme,
-    replicated,
-    resident,
-    set_adam_step,
-    tensors,
-)
+from dsllama.checkpoint import holders
+from dsllama.checkpoint.fragments import KINDS, MOMENTS, DamagedFile, Fragment, Source, Writer, file_names
+from dsllama.checkpoint.holders import Holder, Piece
 from dsllama.generation import uncompiled
 
 # What a dynamic loss scaler has come to, as against how it was set up.
@@ -63,7 +44,7 @@ def _write(
     folder: Path, pieces: list[Piece], own: dict[str, Tensor], parts: Iterable[tuple[str, Tensor]]
 ) -> dict[str, dict[str, Any]]:
     """parts: what the pieces hold, the weights in their order and the moments in theirs, each with its kind."""
-    names = weights_file(dist.get_rank()), optimizer_file(dist.get_rank())
+    names = file_names(dist.get_rank())
     with (
         Writer(folder / names[0], _fragments(pieces, KINDS[:1])) as weights,
         Writer(folder / names[1], _fragments(pieces, MOMENTS), own) as moments,
@@ -77,7 +58,7 @@ def _write(
 
 def copy_bytes(engine: Any) -> int | None:
     """What `copy` needs on this rank; None where the state lies on NVMe, no quicker to read than a disk to write."""
-    if any(on_nvme(engine, holder) for holder in holders(engine)):
+    if any(holders.on_nvme(engine, holder) for holder in holders.holders(engine)):
         return None
     return 4 * len(KINDS) * sum(piece.numel for piece in _pieces(engine))
 
@@ -116,9 +97,9 @@ def _fragments(pieces: list[Piece], kinds: Sequence[str]) -> list[Fragment]:
 
 def _data(engine: Any, kinds: Sequence[str] = KINDS) -> Iterator[tuple[Piece, str, Tensor]]:
     """What this rank is to write, in order; what lies on NVMe comes into memory group by group."""
-    for holder in holders(engine):
-        with resident(engine, holder) as here:
-            found = tensors(engine, here)
+    for holder in holders.holders(engine):
+        with holders.resident(engine, holder) as here:
+            found = holders.tensors(engine, here)
             for piece in _share(engine, here):
                 for kind in kinds:
                     # Where all updates so far were skipped there are no moments yet.
@@ -132,8 +113,7 @@ def whole(engine: Any) -> State:
     shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in engine.module.named_parameters()}
     sizes = [shape.numel() for shape in shapes.values() for _ in KINDS]
     memory = torch.zeros(sum(sizes), device=engine.device)
-    places = zip([(name, kind) for name in shapes for kind in KINDS], memory.split(sizes), strict=True)
-    state = dict(places)
+    state = dict(zip([(name, kind) for name in shapes for kind in KINDS], memory.split(sizes), strict=True))
     for piece, kind, data in _data(engine):
         state[piece.name, kind][piece.start : piece.start + piece.numel].copy_(data)
     dist.all_reduce(memory)  # each element is some rank's, and zero on the others
@@ -142,17 +122,17 @@ def whole(engine: Any) -> State:
 
 def optimizer_step(engine: Any) -> int:
     """How many updates the optimizer has made, as far as this rank knows."""
-    return max((adam_step(engine, holder) for holder in holders(engine)), default=0)
+    return max((holders.adam_step(engine, holder) for holder in holders.holders(engine)), default=0)
 
 
 def _pieces(engine: Any) -> list[Piece]:
     """All that this rank is to write."""
-    return [piece for holder in holders(engine) for piece in _share(engine, holder)]
+    return [piece for holder in holders.holders(engine) for piece in _share(engine, holder)]
 
 
 def _share(engine: Any, holder: Holder) -> Iterator[Piece]:
     """The pieces that this rank is to write of a holder."""
-    rank, ranks, shared_out = dist.get_rank(), dist.get_world_size(), replicated(engine)
+    rank, ranks, shared_out = dist.get_rank(), dist.get_world_size(), holders.replicated(engine)
     for piece in holder.pieces:
         low, high = 0, piece.numel
         if shared_out:
@@ -185,7 +165,7 @@ def load(engine: Any, source: Source, manifest: dict[str, Any]) -> dict[str, Ten
     """Take up a saved state, whatever topology it was saved with. Collective.
 
     Returns what the rank of this number kept for itself; nothing where it was saved by another number of ranks.
-    Raises DamagedFile, on every rank, where a file is not as it was saved; another source may be loaded after that.
+    Raises DamagedFile on every rank; another source may be loaded after that.
     """
     failure = _fill(engine, source.read_into, KINDS, manifest["optimizer_step"])
     own: dict[str, Tensor] = {}
@@ -205,18 +185,13 @@ def load(engine: Any, source: Source, manifest: dict[str, Any]) -> dict[str, Ten
 
 
 def load_weights(engine: Any, read_into: ReadInto) -> None:
-    """Take up weights alone, in an engine that has not trained yet. Collective.
-
-    read_into: as Source's. Raises DamagedFile, on every rank.
-    """
+    """Take up weights alone, in an engine that has not trained yet. Collective. Raises DamagedFile on every rank."""
     raise_together(_fill(engine, read_into, KINDS[:1], 0))
 
 
 def raise_together(failure: str, kind: type[Exception] = DamagedFile) -> None:
-    """Raise an exception on every rank if any rank has met with a failure; "" for none. Collective.
-
-    A rank that raised alone would leave the others waiting in the next collective.
-    """
+    """Raise an exception on every rank if any rank has met with a failure, "" for none: one that raised alone would
+    leave the others waiting. Collective."""
     failures: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(failures, failure)
     if any(failures):
@@ -227,17 +202,17 @@ def raise_together(failure: str, kind: type[Exception] = DamagedFile) -> None:
 def _fill(engine: Any, read_into: ReadInto, kinds: Sequence[str], step: int) -> str:
     """Fill the holders' tensors of these kinds and set Adam's step; what was damaged for this rank. Collective."""
     failure = ""
-    with loading(engine):  # to its end on every rank: one that left it would leave the others waiting
-        for holder in holders(engine):
-            with resident(engine, holder, changed=True) as here:
-                found = tensors(engine, here, create=True)
+    with holders.loading(engine):  # to its end on every rank: one that left it would leave the others waiting
+        for holder in holders.holders(engine):
+            with holders.resident(engine, holder, changed=True) as here:
+                found = holders.tensors(engine, here, create=True)
                 try:
                     for piece in here.pieces if not failure else []:
                         for kind in kinds:
                             read_into(piece.name, kind, piece.start, _part(found[kind], piece))
                 except DamagedFile as error:
                     failure = str(error)
-                set_adam_step(engine, here, step)
+                holders.set_adam_step(engine, here, step)
     return failure
 
 

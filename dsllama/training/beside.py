@@ -19,6 +19,7 @@ Exact, without any limit: the first weights, the low-precision copy of the weigh
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import math
@@ -86,10 +87,9 @@ def examine(subject: Subject, world: World, folder: Path) -> list[Finding]:
     """
     config = subject.config
     plain = PlainLoop(config, world, subject.derived.gradient_accumulation_steps)
-    first = _Engine(subject, world, plain, config.seed)
-    applied, findings = 0, first.findings
-    try:
+    with contextlib.closing(_Engine(subject, world, plain, config.seed)) as first:
         first.compare_exactly(0, "at the start", plain.initial, 0)
+        applied = 0
         for number in range(1, _UPDATES + _MOST_SKIPPED + 1):
             applied += first.update(number, applied)
             if applied == _UPDATES:
@@ -102,10 +102,8 @@ def examine(subject: Subject, world: World, folder: Path) -> list[Finding]:
         saver.begin(number, {"tokens": 0, "seed": config.seed, "parallel_layout": layout}, {}, pinned)
         checkpoint = saver.settle().checkpoint
         del saver
-    finally:
-        first.close()
-    second = _Engine(subject, world, plain, config.seed + 1)
-    try:
+    with contextlib.closing(_Engine(subject, world, plain, config.seed + 1)) as second:
+        findings = first.findings
         try:
             checkpoints.load(checkpoint, world, second.engine, pinned, config.precision)
         except (DamagedFile, RuntimeError) as error:  # on every rank
@@ -115,10 +113,6 @@ def examine(subject: Subject, world: World, folder: Path) -> list[Finding]:
             second.engine.compile()
         second.update(number + 1, applied, config.enable_compilation)
         findings += second.findings
-    finally:
-        second.close()
-        if config.enable_compilation:
-            torch.compiler.reset()
     everywhere: list[Any] = [None] * world.size
     dist.all_gather_object(everywhere, _worst_by_part(findings))
     return _worst_by_part(finding for each in everywhere for finding in each)
@@ -141,7 +135,7 @@ class _Engine:
         self.findings: list[Finding] = []
         self.rates: list[float] = []
         self.noise = plain.noise()
-        checkpoints.seed_everything(seed)
+        torch.manual_seed(seed)
         model = functools.partial(LLaMaTransformer, subject.config, None, device=world.device)
         self.engine, self.scheduler = deepspeed_engine.build(model, subject.json)
         self.engine.basic_optimizer.register_step_pre_hook(self._note_rates)
@@ -154,6 +148,8 @@ class _Engine:
         self.engine.destroy()
         del self.engine
         gc.collect()
+        if self.subject.config.enable_compilation:
+            torch.compiler.reset()
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -205,8 +201,7 @@ class _Engine:
         """Of update 1 at the end of the warmup, of later ones amid the schedule: where one update late shows most."""
         config, updates = self.subject.config, self.subject.derived.updates
         warmup = config.warmup_iterations
-        wanted = max(1, warmup - 1) if number == 1 else (warmup + updates) // 2 + number
-        wanted = min(wanted, updates)
+        wanted = min(updates, max(1, warmup - 1) if number == 1 else (warmup + updates) // 2 + number)
         self.rates.clear()
         self.scheduler.step(wanted)
         return learning_rate(wanted, config.schedule, updates, warmup, config.max_lr, config.min_lr)

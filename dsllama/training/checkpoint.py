@@ -1,7 +1,6 @@
 """A run's checkpoints: which one it goes on from, and how all ranks take it up. Saving is next door.
 
-Every function that is called collective must be called by all ranks, and ends on all of them alike: a rank that left
-alone would leave the others waiting.
+A function that is called collective ends on all ranks alike: one that left alone would leave the others waiting.
 """
 
 from __future__ import annotations
@@ -13,15 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dsllama.checkpoint import state
-from dsllama.checkpoint.catalog import (
-    Checkpoint,
-    list_checkpoints,
-    newest_whole,
-    none_is_whole,
-    open_checkpoint,
-    update_of,
-)
+from dsllama.checkpoint import catalog, state
+from dsllama.checkpoint.catalog import Checkpoint, list_checkpoints
 from dsllama.checkpoint.fragments import Source
 from dsllama.config import TrainingConfig
 from dsllama.data.tokenizer import Tokenizer
@@ -44,10 +36,7 @@ _SAME_RUN = (*_SHAPE, "eps", "theta", "max_seq_len", "tokens_per_update")
 
 def choose(config: TrainingConfig) -> Checkpoint | None:
     """What `load_ckpt` asks for: a checkpoint, or None to start anew. By manifests and sizes; `load` reads the rest.
-
-    Raises UserError where a resume was asked for and is
-    impossible, or where starting anew would write over an earlier run.
-    """
+    Raises UserError where a resume is impossible, or where starting anew would write over an earlier run."""
     existing = list_checkpoints(config.ckpt_dir)
     if config.load_ckpt is False:
         if existing:
@@ -56,29 +45,26 @@ def choose(config: TrainingConfig) -> Checkpoint | None:
             raise UserError(Problem("ckpt_dir", rule, remedy, config.ckpt_dir))
         return None
     if isinstance(config.load_ckpt, str) and config.load_ckpt != "auto":
-        named = open_checkpoint(config.load_ckpt, logger.warning, resumable=True)
+        named = catalog.open_checkpoint(config.load_ckpt, logger.warning, resumable=True)
         _refuse_to_overwrite(named, existing, config)
         return named
-    chosen = newest_whole(config.ckpt_dir, logger.warning, resumable=True)
+    chosen = catalog.newest_whole(config.ckpt_dir, logger.warning, resumable=True)
     if chosen is None and (existing or config.load_ckpt is True):
-        raise UserError(none_is_whole("ckpt_dir", Path(config.ckpt_dir), resumable=True))
+        raise UserError(catalog.none_is_whole("ckpt_dir", Path(config.ckpt_dir), resumable=True))
     return chosen
 
 
 def next_whole(job: Job, damaged: Checkpoint, reason: str) -> Checkpoint:
-    """What to go on from instead of a checkpoint that has turned out damaged.
-
-    Raises UserError where that one was asked for by name, or there is no other that fits.
-    """
+    """What to go on from instead of a damaged one. Raises UserError if that was asked for by name, or no other fits."""
     folder = damaged.path.parent
     if _by_name(job.config):
         others = [str(p) for p in list_checkpoints(folder) if p != damaged.path]
         remedy = f"beside it: {', '.join(others[-3:])}" if others else "give the path of another one"
         raise UserError(Problem(str(damaged.path), f"is damaged: {reason}", remedy), "cannot load the checkpoint")
     logger.warning(f"passing over the damaged checkpoint {damaged.path}: {reason}")
-    found = newest_whole(folder, logger.warning, before=damaged.update, resumable=True)
+    found = catalog.newest_whole(folder, logger.warning, before=damaged.update, resumable=True)
     if found is None:
-        raise UserError(none_is_whole("ckpt_dir", folder, resumable=True))
+        raise UserError(catalog.none_is_whole("ckpt_dir", folder, resumable=True))
     if problems := incompatibilities(found, job.config, job.parallel_layout, job.derived.vocab_size):
         raise UserError(problems)
     return found
@@ -95,7 +81,7 @@ def _refuse_to_overwrite(chosen: Checkpoint, existing: list[Path], config: Train
     elsewhere = chosen.path.parent.resolve() != Path(config.ckpt_dir).resolve()
     if not elsewhere and not _by_name(config):
         return  # what lies ahead has been passed over
-    ahead = [p for p in existing if elsewhere or update_of(p) > chosen.update]
+    ahead = [p for p in existing if elsewhere or catalog.update_of(p) > chosen.update]
     if ahead:
         rule = f"holds {ahead[-1].name}, which a run from {chosen.path} would write over"
         remedy = "use another --ckpt_dir, or move those checkpoints away"
@@ -197,9 +183,8 @@ def load(checkpoint: Checkpoint, world: World, engine: Any, pinned: state.Pinned
     if own:
         restore_random_state(own, world)
     else:  # draws that no rank has made before
-        seed_everything(manifest["seed"] + 1 + world.rank + 1000 * checkpoint.update)
-    wrong = state.proof(engine, manifest, pinned, precision)
-    if wrong:
+        torch.manual_seed(manifest["seed"] + 1 + world.rank + 1000 * checkpoint.update)
+    if wrong := state.proof(engine, manifest, pinned, precision):
         raise RuntimeError(f"{checkpoint.path}: {wrong}")
 
 
@@ -239,8 +224,3 @@ def restore_random_state(saved: dict[str, torch.Tensor], world: World) -> None:
     torch.set_rng_state(saved["cpu"])
     if "cuda" in saved and world.device.type == "cuda":
         torch.cuda.set_rng_state(saved["cuda"], world.device)
-
-
-def seed_everything(seed: int) -> None:
-    """The same start on every rank: weights drawn on any rank are the same weights."""
-    torch.manual_seed(seed)

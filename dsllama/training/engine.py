@@ -62,11 +62,15 @@ class World:
         dist.broadcast_object_list(told, 0)
         return told[0]
 
-    def ask_main(self, question: Callable[[], Any]) -> Any:
+    def say(self, text: str) -> None:
+        """Print it once, on the first rank."""
+        if self.is_main:
+            print(text, flush=True)
+
+    def ask_main(self, question: Callable[..., Any], *arguments: Any) -> Any:
         """What a call comes to on the first rank, on every rank: its value, or the UserError raised. Collective."""
-        found = None
         try:
-            found = question() if self.is_main else None
+            found = question(*arguments) if self.is_main else None
         except UserError as error:
             found = error
         found = self.tell(found)
@@ -169,15 +173,13 @@ def unsupported_here(config: TrainingConfig, ds_config: Json) -> list[Problem]:
     if "nvme" in devices and config.checkpoint_format == "deepspeed":
         rule = "deepspeed would not bring back the state of a run that offloads to nvme: DeepSpeed's load leaves it out"
         problems.append(Problem("checkpoint_format", rule, "use checkpoint_format portable"))
-    if "nvme" in devices and not on_cpu:
-        from torch.utils.cpp_extension import CUDA_HOME
-
-        if CUDA_HOME is None:
-            rule = "to nvme compiles against CUDA's headers, and no CUDA toolkit can be found"
-            problems.append(Problem("offload", rule, "install it and set CUDA_HOME, or offload to cpu"))
     if "nvme" in devices:
         from deepspeed.ops.op_builder import AsyncIOBuilder
+        from torch.utils.cpp_extension import CUDA_HOME
 
+        if CUDA_HOME is None and not on_cpu:
+            rule = "to nvme compiles against CUDA's headers, and no CUDA toolkit can be found"
+            problems.append(Problem("offload", rule, "install it and set CUDA_HOME, or offload to cpu"))
         if not AsyncIOBuilder().is_compatible(verbose=False):
             rule = "to nvme needs the headers of libaio to build DeepSpeed's async_io"
             problems.append(Problem("offload", rule, "apt-get install libaio-dev (or libaio-devel), or offload to cpu"))
@@ -192,9 +194,8 @@ def find_ninja() -> None:
 
 
 def build(model_factory: Callable[[], torch.nn.Module], ds_config: Json) -> tuple[Any, Scheduler]:
-    """The DeepSpeed engine round a model, and the scheduler that it built from the JSON.
+    """The DeepSpeed engine round a model (of which no rank ever holds all, under ZeRO-3), and its scheduler.
 
-    Under ZeRO-3 the parameters are partitioned while the model is built, so that no rank ever holds all of it.
     Raises UserError where DeepSpeed refuses settings that only the engine looks at.
     """
     import deepspeed
@@ -251,8 +252,8 @@ def weights_are_finite(engine: Any) -> bool:
     parameters = list(engine.module.parameters())
     if not engine.zero_optimization_partition_weights():  # all ranks have all of them
         parameters = parameters[dist.get_rank() :: dist.get_world_size()]
-    # Under ZeRO-3 each rank looks at its own part; one that lies on NVMe leaves an empty tensor here. A sum is finite
-    # where all its terms are (short of 1e38), at a twentieth of what it takes to look at each.
+    # Under ZeRO-3 each rank looks at its own part (empty where it lies on NVMe). A sum is finite where all its
+    # terms are (short of 1e38), at a twentieth of what it takes to look at each.
     bad = torch.zeros((), device=engine.device)
     for parameter in parameters:
         part = getattr(parameter, "ds_tensor", parameter).detach()
@@ -314,10 +315,7 @@ def plain_gradient_norm(engine: Any) -> float:
 
 
 def save(engine: Any, folder: Path) -> None:
-    """Write the engine's whole state under `folder`. Collective; returns when every rank has written.
-
-    Raises OSError on the ranks that could not write.
-    """
+    """Write the engine's whole state; returns when all ranks have. Collective. Raises OSError on ranks that cannot."""
     failures: list[Exception] = []
 
     def surviving(method: Callable[..., Any]) -> Callable[..., None]:
@@ -344,10 +342,7 @@ def save(engine: Any, folder: Path) -> None:
 
 
 def load(engine: Any, folder: Path) -> None:
-    """Restore what `save` wrote; settings stay as the engine was built with. Collective.
-
-    Raises RuntimeError on every rank if any rank failed.
-    """
+    """Restore what `save` wrote, but no settings. Collective. Raises RuntimeError on every rank if any failed."""
     failure = ""
     try:
         # Our files: DeepSpeed's own state holds Python objects, which only a full unpickling can read.
@@ -393,9 +388,7 @@ def _quieten() -> None:
 
 
 def _import_muon_uncompiled() -> None:
-    """Spare each start two seconds and more: DeepSpeed imports its Muon to tell whether ZeRO supports an optimizer,
-    and `torch.compile`, which decorates it, loads all of inductor. Our optimizer is AdamW.
-    """
+    """Spare each start two seconds: `torch.compile`, which decorates DeepSpeed's Muon, would load all of inductor."""
     from deepspeed.runtime import compiler
 
     decorate = compiler.compile
@@ -410,16 +403,12 @@ def _import_muon_uncompiled() -> None:
 def _share_cores(number: int, bind: bool) -> None:
     """Give each rank of this host its own cores, or as many threads as its share; without it every rank computes on all
     of them at once: on a GPU, DeepSpeedCPUAdam does."""
-    ranks = local_size()
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    if ranks > 1 and len(cores) >= ranks:
+    if (ranks := local_size()) > 1:
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         share = len(cores) // ranks
-        mine = cores[number * share : (number + 1) * share]
-        if bind:
-            os.sched_setaffinity(0, mine)
-        torch.set_num_threads(share)
-    elif ranks > 1:
-        torch.set_num_threads(1)
+        if bind and share:
+            os.sched_setaffinity(0, cores[number * share : (number + 1) * share])
+        torch.set_num_threads(max(share, 1))
 
 
 def _keep_freed_memory() -> None:

@@ -74,10 +74,8 @@ class PlainLoop:
         return float(noise)
 
     def update(self, before: State, number: int, loss_scale: float = 1.0) -> After:
-        """What update `number` makes of the state `before` (fp32, whole); the weights follow by `weight`. Collective.
-
-        A rank computes the samples of the next one, so that one that computes wrongly, or sees other data, does not
-        agree with itself.
+        """What update `number` makes of the state `before` (fp32, whole); the weights follow by `weight`. Collective. A
+        rank computes the next one's samples: one that computes wrongly, or sees other data, cannot agree with itself.
         """
         config, parameters = self.config, dict(self.model.named_parameters())
         with torch.no_grad():

@@ -94,11 +94,8 @@ class Subject:
 
 
 def reduced(config: TrainingConfig, derived: Derived, ds_config: Json) -> Subject:
-    """A run like this one with a model that takes no time.
-
-    As many heads to a key-value head, of the same size, as far as that goes; buckets, sub-groups and thresholds shrink
-    as the model does, so that as many of them are filled.
-    """
+    """A run like this one with a model that takes no time: as many heads to a key-value head, of the same size, as far
+    as that goes; buckets, sub-groups and thresholds shrink as the model does, so that as many of them are filled."""
     zero = ds_config["zero_optimization"]
     optimizer, params = (zero.get(name, {}) for name in ("offload_optimizer", "offload_param"))
     on_nvme = [part for part in (optimizer, params) if part.get("device") == "nvme"]

@@ -1,9 +1,8 @@
 """What a run says: the same row to the console, the CSV file and TensorBoard, and a plot of the whole.
 
-Only the main rank reports. Rows of an earlier attempt that lie after the update that a run resumes from are
-moved to `<log_file>.superseded`, so that the log has one row per update and nothing is lost. TensorBoard's events of
-each run that starts anew go to a folder of their own, NAME-1, NAME-2 ... after the log file, so that neither an earlier
-run nor one beside it is drawn into the same curve; a resumed run goes on in the newest.
+Only the main rank reports. Rows of an earlier attempt that lie after the update that a run resumes from are moved to
+`<log_file>.superseded`, so that the log has one row per update and nothing is lost. Each run that starts anew has a
+folder of its own for TensorBoard, NAME-1, NAME-2 ... after the log file; a resumed run goes on in the newest.
 """
 
 from __future__ import annotations
@@ -82,11 +81,9 @@ class Report:
 
         self.log_file = log_file
         log_file.parent.mkdir(parents=True, exist_ok=True)
-        kept = _split_log(log_file, resumed_from)
-        self._file = log_file.open("a" if kept else "w", newline="", encoding="utf-8", buffering=1)
+        _split_log(log_file, resumed_from)
+        self._file = log_file.open("a", newline="", encoding="utf-8", buffering=1)
         self._csv = csv.DictWriter(self._file, COLUMNS)
-        if not kept:
-            self._csv.writeheader()
         events = events_folder(tensorboard_dir, log_file, bool(resumed_from))
         # purge_step hides what an earlier attempt wrote beyond the point that we go on from.
         self._events = SummaryWriter(str(events), purge_step=resumed_tokens + 1 if resumed_from else None)
@@ -184,8 +181,7 @@ def plot_log(log_file: Path, checkpoints: Sequence[int] = ()) -> Path:
     loss_axes.set_title(f"{log_file}{last}", fontsize="medium")
     loss_axes.set_ylabel("loss (nats per token)")
     rate_axes.plot(tokens, [float(row["learning_rate"]) for row in rows], color="tab:green")
-    rate_axes.set_ylabel("learning rate")
-    rate_axes.set_xlabel("tokens")
+    rate_axes.set(xlabel="tokens", ylabel="learning rate")
     rate_axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: readable(value)))
     for axes in (loss_axes, rate_axes):
         axes.grid(alpha=0.3)
@@ -225,19 +221,18 @@ def _is_log(path: Path) -> bool:
     return found == [""] or (len(found) >= _FEWEST_COLUMNS and found == COLUMNS[: len(found)])
 
 
-def _split_log(log_file: Path, resumed_from: int) -> bool:
-    """Keep the rows up to `resumed_from` and move the others aside; whether a usable log was there."""
+def _split_log(log_file: Path, resumed_from: int) -> None:
+    """Make a log with a header and the rows up to `resumed_from`; move the others aside."""
     rows = _rows(log_file)
     kept = [row for row in rows if _is_sound(row) and int(row["update"]) <= resumed_from]
     others = [row for row in rows if row not in kept and None not in row.values()]
     if others:
         _append(log_file.with_name(log_file.name + ".superseded"), others)
-    if rows:  # written anew in any case: what is appended must not continue a line that a crash cut short
-        temporary = log_file.with_name(log_file.name + ".tmp")
-        temporary.unlink(missing_ok=True)
-        _append(temporary, kept)
-        temporary.replace(log_file)
-    return bool(rows)
+    # Written anew in any case: what is appended must not continue a line that a crash cut short.
+    temporary = log_file.with_name(log_file.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    _append(temporary, kept)
+    temporary.replace(log_file)
 
 
 def _append(path: Path, rows: list[dict[str, str]]) -> None:
@@ -252,10 +247,7 @@ def _append(path: Path, rows: list[dict[str, str]]) -> None:
 def plot_schedules(
     path: Path, training_steps: int, warmup_steps: int, max_lr: float, min_lr: float, overwrite: bool = False
 ) -> Path:
-    """Draw the cosine, linear and constant schedules over all updates; returns the PNG's path.
-
-    Raises UserError where the numbers do not make a schedule.
-    """
+    """Draw all schedules; returns the PNG's path. Raises UserError where the numbers do not make one."""
     from matplotlib.figure import Figure
 
     if not path.suffix and not path.exists():  # matplotlib would add one in silence

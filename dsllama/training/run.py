@@ -41,6 +41,7 @@ logger = logging.getLogger("dsllama")
 EXIT_FAILED = 1
 # The launcher kills the other ranks as soon as one has left; the main rank needs this long to say why.
 _LET_MAIN_SPEAK_SECONDS = 6.0
+_SIZES = "Sizes may be written 524288, 2**19, 512K (x 1024) or 45e9."
 
 
 def main(argv: Sequence[str]) -> int:
@@ -54,7 +55,8 @@ def main(argv: Sequence[str]) -> int:
     logging.getLogger("dsllama").setLevel(logging.INFO if rank == 0 else logging.ERROR)
     holds: dict[str, Hold] = {}
     try:
-        job = prepare(_parse(argv), rank, world_size, holds)
+        config = parse(argv, "deepspeed launch/train.py", "Pretrain a Llama-style model.", _SIZES)
+        job = prepare(config, rank, world_size, holds)
         operations.make_ready(job.ds_config, is_main=rank == 0)
         return _train(job, rank, world_size, holds.get("ckpt_dir"))
     except UserError as error:
@@ -90,18 +92,16 @@ def _train(job: Job, rank: int, world_size: int, ckpt_dir: Hold | None) -> int:
     job = _as_the_first_rank(job, world)
     finished = job.resume_from
     if finished is not None and finished.update >= job.derived.updates:
-        if world.is_main:
-            print(
-                f"nothing is left to train: {finished.path} has {finished.update} of {job.derived.updates} updates; "
-                "more --training_tokens go on from it"
-            )
+        world.say(
+            f"nothing is left to train: {finished.path} has {finished.update} of {job.derived.updates} updates; "
+            "more --training_tokens go on from it"
+        )
         return 0
     if world.is_main:
-        _announce(job)
+        print("\n".join(_head(job)), flush=True)
     earlier = job.resume_from.manifest.get("self_test") if job.resume_from else None
     verdict, told = selftest.of_run(job.config, job.derived, job.ds_config, world, earlier)
-    if world.is_main:
-        print(told, flush=True)
+    world.say(told)
     if verdict["result"] == "failed":
         return complain("", rank, EXIT_FAILED)
     job = dataclasses.replace(job, self_test=verdict)
@@ -111,7 +111,7 @@ def _train(job: Job, rank: int, world_size: int, ckpt_dir: Hold | None) -> int:
                 share = engine.local_size() / world_size
                 print(swap.pace(folder, swap.traffic(job.ds_config, job.derived.parameters, share)), flush=True)
             trainer = Trainer(job, world, stop, ckpt_dir, swap.placed(job.ds_config, folder))
-            world.ask_main(lambda: _make_notes(job))
+            world.ask_main(_make_notes, job)
             stopped_by = trainer.run()
         except TrainingFailed as error:
             # Every rank has come to the same, so one says it.
@@ -129,10 +129,8 @@ def _as_the_first_rank(job: Job, world: World) -> Job:
             checkpoints.insist_on_whole_files(source, world)
         return source
 
-    def instead(damaged: Checkpoint, reason: str) -> Checkpoint:
-        return world.ask_main(lambda: checkpoints.next_whole(job, damaged, reason))
-
     chosen, init_from = world.tell((job.resume_from, job.init_from))
+    instead = functools.partial(world.ask_main, checkpoints.next_whole, job)
     chosen = chosen and with_first_whole(chosen, finished, instead)
     position = chosen.manifest["data"] if chosen else {**job.loader.state_dict(), "consumed_samples": 0}
     job.loader.load_state_dict(position)
@@ -165,10 +163,8 @@ def note_start(ckpt_dir: Path, files: dict[str, str]) -> Path:
 
 
 def exit_process(code: int) -> NoReturn:
-    """End the process with everything flushed and nothing torn down.
-
-    DeepSpeed's threads now and then abort an interpreter that shuts down in order (SIGABRT after clean work).
-    """
+    """End the process with everything flushed and nothing torn down: DeepSpeed's threads now and then abort an
+    interpreter that shuts down in order (SIGABRT after clean work)."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -240,19 +236,12 @@ def _open_data(
     """The loader of the training part, and of the held-out part where there is one."""
     from dsllama.training.engine import accelerator, local_rank
 
-    opened = functools.partial(
-        DatasetLoader,
-        config.batch_size,
-        config.max_seq_len,
-        rank,
-        world_size,
-        TokenStream(config.dataset_dir, vocab_size),
-        f"cuda:{local_rank()}" if accelerator() == "cuda" else "cpu",
-        seed=config.seed,
-        validation_tokens=config.validation_tokens,
-    )
+    stream, held_out = TokenStream(config.dataset_dir, vocab_size), config.validation_tokens
+    device = f"cuda:{local_rank()}" if accelerator() == "cuda" else "cpu"
+    shape = config.batch_size, config.max_seq_len, rank, world_size, stream, device
+    opened = functools.partial(DatasetLoader, *shape, seed=config.seed, validation_tokens=held_out)
     train = opened(shuffle=config.shuffle, tokens_per_update=config.tokens_per_update)
-    return train, opened(split="validation") if config.validation_tokens else None
+    return train, opened(split="validation") if held_out else None
 
 
 def _unwritable(folders: dict[str, Path]) -> list[Problem]:
@@ -303,12 +292,9 @@ def _collecting(problems: list[Problem]) -> Iterator[None]:
         problems.append(of_system(error))
 
 
-def _parse(argv: Sequence[str]) -> TrainingConfig:
-    parser = arguments.Parser(
-        prog="deepspeed launch/train.py",
-        description="Pretrain a Llama-style model.",
-        epilog="Sizes may be written 524288, 2**19, 512K (x 1024) or 45e9.",
-    )
+def parse(argv: Sequence[str], prog: str, description: str, epilog: str = "") -> TrainingConfig:
+    """The configuration of a command line that DeepSpeed's launcher starts; the rest is for its help."""
+    parser = arguments.Parser(prog=prog, description=description, epilog=epilog)
     arguments.add_config_options(parser)
     # DeepSpeed's launcher passes it; the environment says the same.
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
@@ -326,28 +312,23 @@ def complain(text: str, rank: int, code: int) -> int:
     return code
 
 
-def _announce(job: Job) -> None:
+def _head(job: Job) -> list[str]:
+    """What a run says before it begins."""
     from dsllama.deepspeed_config import engine_lines
     from dsllama.training.checkpoint import resumption_lines
 
-    print(
-        "\n".join(
-            [
-                *job.derived.lines(job.config),
-                *engine_lines(job.config, job.ds_config),
-                "versions     " + ", ".join(f"{name} {number}" for name, number in versions().items()),
-                f"data         {job.config.dataset_dir}: {readable(job.loader.stream.tokens)} tokens",
-            ]
-        ),
-        flush=True,
-    )
+    lines = [
+        *job.derived.lines(job.config),
+        *engine_lines(job.config, job.ds_config),
+        "versions     " + ", ".join(f"{name} {number}" for name, number in versions().items()),
+        f"data         {job.config.dataset_dir}: {readable(job.loader.stream.tokens)} tokens",
+    ]
     if job.resume_from is not None:
-        print("\n".join(resumption_lines(job.resume_from, job.config, job.parallel_layout)), flush=True)
-    elif job.init_from is not None:
-        source, anew = job.init_from, "optimizer, schedule and data begin anew"
-        print(
-            f"weights      {source.path}: update {source.update}, {readable(source.tokens)} tokens; {anew}", flush=True
-        )
+        lines += resumption_lines(job.resume_from, job.config, job.parallel_layout)
+    elif (source := job.init_from) is not None:
+        taken = f"{source.path}: update {source.update}, {readable(source.tokens)} tokens"
+        lines.append(f"weights      {taken}; optimizer, schedule and data begin anew")
+    return lines
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,7 @@ class Saved:
 class Saver:
     """The saves of a run, one at a time. Every method but `progress` is collective.
 
-    folder: exists; where it has vanished it is not made anew, perhaps on another disk. form: "portable", or "deepspeed"
-    for what the engine itself writes.
+    folder: exists; where it has vanished it is not made anew, perhaps on another disk. form: `checkpoint_format`.
     """
 
     def __init__(self, folder: Path, world: World, engine: Any, form: str = "portable") -> None:
@@ -121,9 +121,8 @@ class Saver:
     ) -> None:
         """Begin to save; the state may change as soon as it returns.
 
-        manifest: what the caller knows (tokens, loss, data position, parallel_layout ...). attachments: name -> text of
-        small files that lie beside the engine's. pinned: whose loss is to come out again at a load. needed: bytes that
-        must be free. since: when the training stood still for it, by time.perf_counter.
+        manifest: what the caller knows. attachments: name -> text of small files. pinned: whose loss is to come out
+        again at a load. needed: bytes that must be free. since: when the training stood still, by time.perf_counter.
         Raises OSError on every rank if rank 0 cannot begin.
         """
         assert self._running is None, "one save at a time"
@@ -140,14 +139,14 @@ class Saver:
         if self.form == "portable":
             manifest |= state.description(self.engine, pinned)
         own, texts = random_state(self.world), attachments if self.world.is_main else {}
+        write: Callable[[Path], dict[str, Any]]
         if self._memory is not None:
-            copied = state.copy(self.engine, self._memory, own)
-            write = lambda: copied.write(aside)  # noqa: E731
+            write = state.copy(self.engine, self._memory, own).write
         elif self.form == "portable":
-            write = lambda: state.save(self.engine, aside, own)  # noqa: E731
+            write = partial(state.save, self.engine, own=own)
         else:
-            write = lambda: self._write_the_engines(aside, own)  # noqa: E731
-        self._running = _Save(final, aside, manifest, started, lambda: {**write(), **_write_texts(aside, texts)})
+            write = partial(self._write_the_engines, own=own)
+        self._running = _Save(final, aside, manifest, started, lambda: {**write(aside), **_write_texts(aside, texts)})
         if self._memory is not None:
             self._running.thread.start()
         else:

@@ -24,14 +24,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from dsllama.checkpoint.catalog import (
-    Checkpoint,
-    list_checkpoints,
-    older_whole,
-    timestamp,
-    update_of,
-    with_first_whole,
-)
+from dsllama.checkpoint.catalog import Checkpoint, list_checkpoints, older_whole, timestamp, update_of, with_first_whole
 from dsllama.checkpoint.retention import Policy, Retention
 from dsllama.config import TrainingConfig
 from dsllama.data.loader import DatasetLoader
@@ -89,10 +82,8 @@ def parallel_layout(config: TrainingConfig, ds_config: dict[str, Any], ranks: in
 
 @dataclass
 class Streak:
-    """Updates in a row that were skipped; in_vain: those of them that brought no smaller loss scale.
-
-    It is saved: a run that is restarted again and again must not begin to count anew each time.
-    """
+    """Updates in a row that were skipped; in_vain: those of them that brought no smaller loss scale. It is saved, so
+    that a run that is restarted again and again does not count anew each time."""
 
     skipped: int = 0
     in_vain: int = 0
@@ -112,7 +103,7 @@ class Trainer:
         """hold: the first rank's, on ckpt_dir. ds_config: what the engine is built from, if not the job's."""
         self.job, self.world, self.stop, self.hold = job, world, stop, hold
         self.config, self.derived, self.loader = job.config, job.derived, job.loader
-        checkpoints.seed_everything(self.config.seed)
+        torch.manual_seed(self.config.seed)
         layout = job.parallel_layout
         # DeepSpeed casts a model before it moves it. Where memory of the GPU is short, all of it in fp32 need not fit.
         in_host = layout["zero_stage"] < 3 and layout["offload_optimizer"] != "none"
@@ -123,7 +114,7 @@ class Trainer:
         if self.config.enable_compilation:
             self.engine.compile()
         # The draws of dropout differ between ranks, the weights did not.
-        checkpoints.seed_everything(self.config.seed + 1 + world.rank)
+        torch.manual_seed(self.config.seed + 1 + world.rank)
         self.update = 0
         self.last_checkpoint = job.resume_from
         self.streak = Streak()
@@ -134,12 +125,11 @@ class Trainer:
         self.first_update = self.update + 1
         self.saver = Saver(Path(self.config.ckpt_dir), world, self.engine, self.config.checkpoint_format)
         self.saved: list[Saved] = []  # not yet in a row
-        if world.is_main and self.saver.foreground:
-            print(f"saves        while training stands still: {self.saver.foreground}", flush=True)
+        if self.saver.foreground:
+            world.say(f"saves        while training stands still: {self.saver.foreground}")
         self.retention: Retention | None = None
         self.housekeeping: threading.Thread | None = None
-        c = self.config
-        if world.is_main and c.keep_last is not None:
+        if world.is_main and (c := self.config).keep_last is not None:
             policy = Policy(c.keep_last, c.keep_every, c.keep_best, c.keep_weights)
             self.retention = Retention(policy, Path(c.ckpt_dir), logger.warning, self.update)
         self.skips = self.skips_before = deepspeed_engine.skips(self.engine)
@@ -155,7 +145,11 @@ class Trainer:
         """Train until training_tokens are reached or somebody asks to stop; returns who did, "" for nobody."""
         config, updates = self.config, self.derived.updates
         loss, stopped_by, save_is_due = math.nan, "", False
-        with self._reporting():
+        with contextlib.ExitStack() as at_the_end:
+            if self.world.is_main:
+                self.report = Report(Path(config.log_file), tensorboard_dir(config), self.update, self.tokens)
+                at_the_end.callback(self.report.close)
+            at_the_end.callback(self._wait_for_housekeeping)
             self.clock = Stopwatch()
             while self.update < updates and not stopped_by:
                 self.update += 1
@@ -167,11 +161,13 @@ class Trainer:
                     self._settle(last=False)
                 self._insist_on_finite(loss, grad_norm)
                 stopped_by = self.stop.signal_name or "another rank" if somebody_stops else ""
-                save_is_due |= self._crosses(config.token_ckpt)
+                # It is the first at or beyond a multiple of token_ckpt.
+                save_is_due |= self.tokens % config.token_ckpt < config.tokens_per_update
                 last = bool(stopped_by) or self.update == updates
                 # A checkpoint amid skipped updates could only be worth less than the next one.
                 saves = last or (save_is_due and not self.streak.skipped)
-                evaluates = self._every(config.eval_interval) or (saves and config.keep_best and not stopped_by)
+                logs = self.update % config.log_interval == 0 or self.update in (self.first_update, updates)
+                evaluates = self.update % config.eval_interval == 0 or (saves and config.keep_best and not stopped_by)
                 validation = self._evaluate() if evaluates and self.job.validation else None
                 if self.update == updates and self._skipped == self.update - self.first_update + 1:
                     self._give_up(f"{self._place(self.first_update)}: each was skipped, so nothing has been trained")
@@ -180,7 +176,7 @@ class Trainer:
                         save_is_due = False
                         self._save(loss, validation, last)
                 finally:
-                    if self._every(config.log_interval) or self.update in (self.first_update, updates) or validation:
+                    if logs or validation:
                         self._log(loss, grad_norm, validation)
                 if config.sample_prompts and is_sample_update(self.update, config):
                     self._sample()
@@ -195,8 +191,7 @@ class Trainer:
         after_the_first = (lambda: self._say_when(self.clock.seconds, steps)) if first else lambda: None
         own, grad_norm = deepspeed_engine.update(self.engine, self.loader.get_batch, steps, after_the_first)
         own[0] *= self.config.batch_size * self.config.max_seq_len  # the model divides by all positions
-        # Beside these: stop requests, ranks whose part of a save is written, ranks that could not write it. One
-        # all-reduce for all.
+        # One all-reduce for these, stop requests, ranks whose part of a save is written, and ranks that could not.
         sums = torch.cat([own, own.new_tensor([bool(self.stop), *self.saver.progress()])])
         dist.all_reduce(sums)
         total, counted, requests, written, failed = sums.tolist()
@@ -228,23 +223,13 @@ class Trainer:
         """Updates of this process that have not changed the weights."""
         return self.skips.count - self.skips_before.count
 
-    # ------------------------------------------------------------ when
-
-    def _every(self, interval: int) -> bool:
-        return self.update % interval == 0
-
-    def _crosses(self, tokens: int) -> bool:
-        """Whether this update is the first at or beyond a multiple of `tokens`."""
-        return self.tokens // tokens > (self.tokens - self.config.tokens_per_update) // tokens
-
     # ------------------------------------------------------------ what
 
     def _log(self, loss: float, grad_norm: float | None, validation: float | None) -> None:
-        rate = self.clock.rate(self._tokens_here)
-        memory = peak_memory_gib(self.world.device)
         if self.report is None:
             return
-        elapsed, done = self.clock.seconds, self.update - self.first_update + 1
+        rate, elapsed = self.clock.rate(self._tokens_here), self.clock.seconds
+        done, saving = self.update - self.first_update + 1, sum(save.seconds for save in self.saved)
         flops = rate * self.derived.flops_per_token
         row = Row(
             update=self.update,
@@ -258,10 +243,12 @@ class Trainer:
             tokens_per_second=rate,
             time=elapsed,
             mfu=flops / self.peak_flops if self.peak_flops else None,
-            memory_gib=memory,
+            memory_gib=peak_memory_gib(self.world.device),
             validation_loss=validation,
             skipped_updates=self.engine.skipped_steps,
-            **_cost(self.saved),
+            save_stall=sum(save.stall for save in self.saved) if self.saved else None,
+            save_seconds=saving or None,
+            save_mb_per_second=sum(save.checkpoint.bytes for save in self.saved) / 1e6 / saving if saving else None,
         )
         self.saved.clear()
         self.report.row(row, self.derived.updates, elapsed / done * (self.derived.updates - self.update))
@@ -292,17 +279,12 @@ class Trainer:
                     top_p=self.config.sample_top_p,
                     # Of its own for each prompt, or two that end alike would go on alike. torch takes 32 bits.
                     seed=self.config.seed + self.update + number * 1_000_003,
-                    agree=self._first_ranks_choice if partitioned else None,
+                    agree=self.world.tell if partitioned else None,
                 )
                 for number, prompt in enumerate(self.config.sample_prompts)
             ]
         if self.report is not None:
             self.report.sample(self.update, self.tokens, texts)
-
-    def _first_ranks_choice(self, token: int) -> int:
-        choice = torch.tensor([token], device=self.world.device)
-        dist.broadcast(choice, 0)
-        return int(choice)
 
     def _save(self, loss: float, validation: float | None, last: bool) -> None:
         """Begin to save; wait until it is published where it is the `last` one, for which no other makes up."""
@@ -376,11 +358,8 @@ class Trainer:
             self.report.plot([update_of(path) * self.config.tokens_per_update for path in published])
         except OSError as error:
             logger.warning(f"the plot could not be drawn: {error}")
-        if self.retention is None:
-            return
-        gone = self.retention.apply(newest)
-        what = "only weights left of" if self.config.keep_weights else "removed"
-        if gone:
+        if gone := self.retention.apply(newest) if self.retention else []:
+            what = "only weights left of" if self.config.keep_weights else "removed"
             names = ", ".join(checkpoint.path.name for checkpoint in gone)
             print(f"{what} {names} (keep_last {self.config.keep_last})", flush=True)
 
@@ -402,17 +381,13 @@ class Trainer:
         told = f"the checkpoint of update {update} could not be written: {why}. {self._last_good()}"
         if last or self.config.on_failed_save == "stop":
             raise TrainingFailed(told)
-        if self.world.is_main:
-            print(f"not saved    {told} The run goes on to the next one.", flush=True)
+        self.world.say(f"not saved    {told} The run goes on to the next one.")
 
     def _begin_with(self, source: Checkpoint) -> None:
         """Take up its weights; where they are damaged, those of the newest before it in the folder that was given."""
         older = partial(older_whole, self.config.init_from or "", logger.warning, where="init_from")
-        with_first_whole(
-            source,
-            lambda source: checkpoints.begin_with(source, self.world, self.engine),
-            lambda damaged, reason: self.world.ask_main(lambda: older(damaged, reason)),
-        )
+        take_up = partial(checkpoints.begin_with, world=self.world, engine=self.engine)
+        with_first_whole(source, take_up, partial(self.world.ask_main, older))
 
     def _resume(self, source: Checkpoint) -> None:
         fresh = self.scheduler.state_dict()
@@ -423,25 +398,22 @@ class Trainer:
         self.last_checkpoint = source
         self.update = source.update
         self.streak = Streak(**source.manifest.get("skipping", {}))
-        theirs = {**source.manifest["schedule"], "current_step": 1}
-        goes_on = self.config.use_prev_scheduler
-        self.scheduler.load_state_dict(source.manifest["schedule"] if goes_on else fresh)
-        if goes_on and theirs != fresh and self.world.is_main:
-            changed = {name: f"{theirs[name]} (not {fresh[name]})" for name in fresh if theirs[name] != fresh[name]}
-            print(
-                f"the checkpoint's schedule goes on: {changed}; --use_prev_scheduler false takes the new one",
-                flush=True,
-            )
+        theirs, goes_on = source.manifest["schedule"], self.config.use_prev_scheduler
+        self.scheduler.load_state_dict(theirs if goes_on else fresh)
+        same = {**fresh, "current_step": theirs["current_step"]}
+        changed = {name: f"{theirs[name]} (not {value})" for name, value in same.items() if theirs[name] != value}
+        if goes_on and changed:
+            remedy = "--use_prev_scheduler false takes the new one"
+            self.world.say(f"the checkpoint's schedule goes on: {changed}; {remedy}")
 
     def _load(self, source: Checkpoint) -> Checkpoint:
         checkpoints.load(source, self.world, self.engine, self.loader.first_sequence(), self.config.precision)
         return source
 
     def _next_whole(self, damaged: Checkpoint, reason: str) -> Checkpoint:
-        source: Checkpoint = self.world.ask_main(lambda: checkpoints.next_whole(self.job, damaged, reason))
+        source: Checkpoint = self.world.ask_main(checkpoints.next_whole, self.job, damaged, reason)
         self.loader.load_state_dict(source.manifest["data"])
-        if self.world.is_main:
-            print("\n".join(checkpoints.resumption_lines(source, self.config, self.job.parallel_layout)), flush=True)
+        self.world.say("\n".join(checkpoints.resumption_lines(source, self.config, self.job.parallel_layout)))
         return source
 
     def _insist_on_finite(self, loss: float, grad_norm: float | None) -> None:
@@ -457,20 +429,16 @@ class Trainer:
             self._give_up(f"the gradient norm is {grad_norm} at {self._place(self.update)}. Nothing of it was saved")
 
     def _notice_skip(self, before: deepspeed_engine.Skips) -> None:
-        """Say that the engine has left this update out; too many in a row end the run.
-
-        DeepSpeed skips where gradients are not finite, on all ranks alike, and goes on without a word.
-        """
+        """Say that DeepSpeed has left this update out, on all ranks alike, since its gradients are not finite; too many
+        in a row end the run."""
         now, streak, limit = self.skips, self.streak, self.config.max_skipped_updates
         streak.skipped += 1
-        if self.world.is_main:
-            scale = f" at loss scale {before.loss_scale:g}" if before.loss_scale else ""
-            scale += f", which is now {now.loss_scale:g}" if now.loss_scale != before.loss_scale else ""
-            print(
-                f"skipped      update {self.update}: its gradients are not finite{scale}; the weights are as before "
-                f"({streak.skipped} in a row)",
-                flush=True,
-            )
+        scale = f" at loss scale {before.loss_scale:g}" if before.loss_scale else ""
+        scale += f", which is now {now.loss_scale:g}" if now.loss_scale != before.loss_scale else ""
+        self.world.say(
+            f"skipped      update {self.update}: its gradients are not finite{scale}; the weights are as before "
+            f"({streak.skipped} in a row)"
+        )
         if before.searches and not before.at_its_end:
             streak.in_vain = 0
             return
@@ -518,28 +486,6 @@ class Trainer:
             print(f"checkpoint   {self.last_checkpoint.path}\nlog          {self.config.log_file}")
         if stopped_by:
             print("go on with   the same command and --load_ckpt true")
-
-    @contextlib.contextmanager
-    def _reporting(self) -> Iterator[None]:
-        if self.world.is_main:
-            log_file = Path(self.config.log_file)
-            self.report = Report(log_file, tensorboard_dir(self.config), self.update, self.tokens)
-        try:
-            yield
-        finally:
-            self._wait_for_housekeeping()
-            if self.report is not None:
-                self.report.close()
-
-
-def _cost(saved: list[Saved]) -> dict[str, float]:
-    """What saves have cost together, as a row tells it."""
-    if not saved:
-        return {}
-    seconds = sum(save.seconds for save in saved)
-    megabytes = sum(save.checkpoint.bytes for save in saved) / 1e6
-    stall = sum(save.stall for save in saved)
-    return {"save_stall": stall, "save_seconds": seconds, "save_mb_per_second": megabytes / seconds}
 
 
 class Stopwatch:

@@ -1,8 +1,7 @@
 """The whole model's weights from a checkpoint of any ZeRO stage, in one process and without a GPU.
 
-A portable one holds them by name. From DeepSpeed's own files they are taken from the optimizer's fp32 copy where there
-is one, else from the model's own. DeepSpeed's `zero_to_fp32` reads stages 1 to 3, but not what its BF16 optimizer
-writes (bf16 at stage 1): that one is put together here.
+From DeepSpeed's own files they are taken from the optimizer's fp32 copy where there is one, else from the model's own.
+Its `zero_to_fp32` reads stages 1 to 3, but not what the BF16 optimizer writes (bf16 at stage 1), put together here.
 """
 
 from __future__ import annotations
@@ -22,33 +21,16 @@ from dsllama.checkpoint.fragments import DamagedFile, Source
 
 @contextlib.contextmanager
 def opened_weights(checkpoint: Checkpoint) -> Iterator[Mapping[str, Tensor]]:
-    """All weights in fp32, by the model's names. A portable checkpoint's are read one by one, when they are asked for.
-
-    Raises DamagedFile, then or at once, for what is not as it was saved.
-    """
+    """All weights in fp32, by the model's names; a portable checkpoint's are read when they are asked for. Raises
+    DamagedFile, then or at once, for what is not as it was saved."""
     if checkpoint.portable:
         with Source(checkpoint.path, checkpoint.manifest) as source:
-            yield _ByName(source, checkpoint.manifest["shared"])
+            yield source
         return
     for name in checkpoint.manifest["files"]:
         for damage in checkpoint.damages_of(name):
             raise DamagedFile(damage)
     yield from_deepspeeds_files(checkpoint)
-
-
-class _ByName(Mapping[str, Tensor]):
-    def __init__(self, source: Source, shared: dict[str, str]) -> None:
-        self._source, self._shared = source, shared
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._source.read(self._shared.get(name, name))
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self._source.shapes
-        yield from self._shared
-
-    def __len__(self) -> int:
-        return len(self._source.shapes) + len(self._shared)
 
 
 def from_deepspeeds_files(checkpoint: Checkpoint) -> dict[str, Tensor]:
