@@ -272,6 +272,10 @@ def measure(config: TrainingConfig, updates: int, device_memory: float | None) -
             # The others of a real update do what the first does.
             took.append({part: whole[part] + (micro_steps - made) * first[part] for part in whole})
         took = took[1:]  # the first has what is done once
+        memory = {
+            "device": torch.cuda.max_memory_reserved(world.device) if on_gpu else 0,
+            "host": peak_memory_gib(torch.device("cpu")) * 2**30 - programs,
+        }
         copies = clock.copies(lambda: deepspeed_engine.update(engine, lambda: batch, made))
     average = {part: sum(each[part] for each in took) / len(took) for part in took[0]}
     seconds = average["seconds"]
@@ -285,10 +289,7 @@ def measure(config: TrainingConfig, updates: int, device_memory: float | None) -
         "tokens_per_second": micro_steps * config.batch_size * config.max_seq_len / seconds,
         "parts": {"compute": seconds - sum(parts.values()), **parts},
         "nvme_bytes": average["bytes"],
-        "memory": {
-            "device": torch.cuda.max_memory_reserved(world.device) if on_gpu else 0,
-            "host": peak_memory_gib(torch.device("cpu")) * 2**30 - programs,
-        },
+        "memory": memory,
         "needs": dataclasses.asdict(needs(config, derived, ds_config)),
         "fits": _largest(config, ds_config, device_memory),
     }
@@ -299,8 +300,8 @@ def _largest(config: TrainingConfig, ds_config: Json, device_memory: float | Non
     import torch
 
     on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-    host, nvme = float(available_memory()), 0.0
-    if config.nvme_path:
+    host, nvme = available_memory(), 0.0
+    if config.nvme_path and Path(config.nvme_path).exists():  # made by the recipes that need it
         nvme = float(shutil.disk_usage(config.nvme_path).free)
     device = float(torch.cuda.mem_get_info()[1]) if on_gpu else host
     device = min(device, device_memory or device)
