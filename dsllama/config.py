@@ -21,13 +21,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from dsllama import rules
 from dsllama.errors import Problem, UserError, did_you_mean, remedy_for
 from dsllama.paths import parse_path, parse_text
-from dsllama.sizes import parse_count, parse_number
+from dsllama.sizes import parse_count, parse_duration, parse_number
 
 Count = Annotated[int, BeforeValidator(parse_count)]
 Number = Annotated[float, BeforeValidator(parse_number), Field(allow_inf_nan=False)]
 Positive = Annotated[Count, Field(gt=0)]
 NotNegative = Annotated[Count, Field(ge=0)]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
+Seconds = Annotated[float, BeforeValidator(parse_duration), Field(gt=0, allow_inf_nan=False)]
 PathText = Annotated[str, BeforeValidator(parse_path)]
 Text = Annotated[str, BeforeValidator(parse_text)]
 
@@ -164,6 +165,11 @@ class TrainingConfig(BaseModel):
     """Of the others, keep the weights: only the optimizer's state is removed, two thirds (needs keep_last)."""
     on_failed_save: Literal["go_on", "stop"] = "go_on"
     """What a run does when a checkpoint cannot be written (a full disk): go on to the next one, or stop."""
+    max_run_time: Seconds | None = None
+    """Time in which a start must have saved and ended (exit code 75), such as 12h; null: as long as it takes."""
+    grace_period: Seconds = 30.0
+    """Time from a signal to the end of all: a batch system's, or the 30 s of DeepSpeed's launcher. A run says
+    beforehand whether it saves within."""
     load_ckpt: Annotated[bool | str, BeforeValidator(_parse_load)] = False
     """Resume: false starts anew; true takes ckpt_dir's newest whole checkpoint; auto does if any; or a path."""
     init_from: PathText | None = None

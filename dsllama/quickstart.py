@@ -127,7 +127,7 @@ def _gpus() -> list[str]:
 
 
 def run_launcher(command: list[str]) -> int:
-    """Run DeepSpeed's launcher; Ctrl-C asks the ranks to save and stop, a second one kills everything."""
+    """Run DeepSpeed's launcher; a signal asks the ranks to save and stop, a second one kills everything."""
     environment = {
         **os.environ,
         "PYTHONWARNINGS": "ignore::FutureWarning",
@@ -139,6 +139,8 @@ def run_launcher(command: list[str]) -> int:
     quiet = [command[0], "-q", *command[1:]]
     # In a session of its own, so that the terminal's Ctrl-C reaches us alone and not the launcher, which would kill.
     process = subprocess.Popen(quiet, env=environment, start_new_session=True)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     try:
         return process.wait()
     except KeyboardInterrupt:

@@ -40,7 +40,7 @@ from dsllama.files import digest, write_atomically
 from dsllama.machine import versions
 from dsllama.training import checkpoint as checkpoints
 from dsllama.training import engine as deepspeed_engine
-from dsllama.training import operations, run, swap
+from dsllama.training import operations, run, stopping, swap
 from dsllama.training.beside import Finding, examine
 from dsllama.training.engine import World
 from dsllama.training.reduced import Subject, reduced
@@ -130,6 +130,7 @@ def _examine_aside(subject: Subject, world: World, ckpt_dir: Path) -> list[Findi
         with all_or_none(world):
             if world.is_main:
                 folder.mkdir(parents=True)
+                stopping.LEFTOVERS.add(folder)
         place = subject.config.nvme_path
         with swap.own_folder(Path(place) if place else None, world) as own:
             return examine(subject.but(nvme_path=own and str(own)), world, folder)

@@ -56,6 +56,21 @@ def _exactly(text: str) -> Decimal:
         raise ValueError(f"is not a number; {_EXAMPLES}") from None
 
 
+def parse_duration(value: Any) -> Any:
+    """Seconds from a number or from text like `12h`, `1h30m`, `45s`; other types pass through unchanged."""
+    parts = (
+        re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", value.strip())
+        if isinstance(value, str)
+        else None
+    )
+    if parts and any(parts.groups()):
+        return float(sum(int(n or 0) * size for n, size in zip(parts.groups(), (86400, 3600, 60, 1), strict=True)))
+    try:
+        return parse_number(value)
+    except ValueError:
+        raise ValueError("is no time; write it like 5400, 90m, 12h or 1h30m") from None
+
+
 def nearest_multiples(value: int, of: int) -> list[int]:
     """The positive multiples of `of` just below and just above `value`, nearest first."""
     below = value // of * of

@@ -1,8 +1,6 @@
 """What `deepspeed launch/train.py --config configs/x.yaml` runs on every rank."""
 
-import sys
-
-from dsllama.training.run import exit_process, main
+from dsllama.training.stopping import command
 
 if __name__ == "__main__":
-    exit_process(main(sys.argv[1:]))
+    command()

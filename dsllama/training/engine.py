@@ -38,6 +38,7 @@ Json = dict[str, Any]
 TAG = "engine"
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_HAS_PROC = os.path.exists("/proc/self/ns/pid")
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 # Whether it is a CPU because torch has found no GPU, and not because somebody said so.
 _fell_back = False
@@ -61,6 +62,13 @@ class World:
         told = [value]
         dist.broadcast_object_list(told, 0)
         return told[0]
+
+    def siblings(self) -> dict[int, int]:
+        """Process numbers of the other ranks of this host, or of this container, by rank. Collective."""
+        here = socket.gethostname(), os.getppid(), os.stat("/proc/self/ns/pid").st_ino if _HAS_PROC else 0
+        everyone: list[Any] = [None] * self.size
+        dist.all_gather_object(everyone, (*here, self.rank, os.getpid()))
+        return {rank: process for *place, rank, process in everyone if tuple(place) == here and rank != self.rank}
 
     def say(self, text: str) -> None:
         """Print it once, on the first rank."""

@@ -7,11 +7,12 @@ folder of its own for TensorBoard, NAME-1, NAME-2 ... after the log file; a resu
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import accumulate
 from pathlib import Path
@@ -65,6 +66,7 @@ class Row:
 
 COLUMNS = [field.name for field in fields(Row)]
 _FEWEST_COLUMNS = COLUMNS.index("time") + 1
+_EVENTS = "TensorBoard's events"
 _PLACES = ("update", "progress", "tokens_run", "tokens_total", "time")  # of a row: TensorBoard draws the rest there
 
 
@@ -87,34 +89,55 @@ class Report:
         events = events_folder(tensorboard_dir, log_file, bool(resumed_from))
         # purge_step hides what an earlier attempt wrote beyond the point that we go on from.
         self._events = SummaryWriter(str(events), purge_step=resumed_tokens + 1 if resumed_from else None)
+        self._failing: set[str] = set()
 
     def row(self, row: Row, updates: int, eta_seconds: float) -> None:
         """Write one row everywhere."""
         print(row.line(updates, eta_seconds), flush=True)
         cells = asdict(row)
         # repr keeps a float to the bit, so that logs of two runs can be compared exactly.
-        self._csv.writerow({name: repr(value) if isinstance(value, float) else value for name, value in cells.items()})
-        for name, value in cells.items():
-            if value is not None and name not in _PLACES:
-                self._events.add_scalar(f"train/{name}", value, row.tokens_total)
+        exact = {name: repr(value) if isinstance(value, float) else value for name, value in cells.items()}
+        with self._surviving(f"the log {self.log_file}"):
+            self._csv.writerow(exact)
+        with self._surviving(_EVENTS):
+            for name, value in cells.items():
+                if value is not None and name not in _PLACES:
+                    self._events.add_scalar(f"train/{name}", value, row.tokens_total)
 
     def sample(self, update: int, tokens: int, texts: list[str]) -> None:
         """Show generated text, and keep it beside the log and in TensorBoard."""
         for text in texts:
             print(f"--- sample after update {update} ---\n{text}\n---", flush=True)
-            self._events.add_text("sample", text.replace("\n", "  \n"), tokens)
-        with samples_file(self.log_file).open("a", encoding="utf-8") as file:
+            with self._surviving(_EVENTS):
+                self._events.add_text("sample", text.replace("\n", "  \n"), tokens)
+        name = samples_file(self.log_file)
+        with self._surviving(str(name)), name.open("a", encoding="utf-8") as file:
             file.writelines(f"=== update {update}, {tokens} tokens ===\n{text}\n\n" for text in texts)
 
-    def plot(self, checkpoints: Sequence[int] = ()) -> Path:
-        """Draw loss and learning rate of all rows so far; returns the PNG's path. checkpoints: in tokens."""
-        self._events.flush()
-        return plot_log(self.log_file, checkpoints)
+    def plot(self, checkpoints: Sequence[int] = ()) -> None:
+        """Draw loss and learning rate of all rows so far. checkpoints: in tokens."""
+        with self._surviving(_EVENTS):
+            self._events.flush()
+        with self._surviving("the plot"):
+            plot_log(self.log_file, checkpoints)
 
     def close(self) -> None:
         """Flush and close the files."""
-        self._file.close()
-        self._events.close()
+        with self._surviving(f"the log {self.log_file}"):
+            self._file.close()
+        with self._surviving(_EVENTS):
+            self._events.close()
+
+    @contextlib.contextmanager
+    def _surviving(self, what: str) -> Iterator[None]:
+        """A full disk is no reason to end a run: it is said once, and what is reported is tried again."""
+        try:
+            yield
+            self._failing.discard(what)
+        except OSError as error:
+            if what not in self._failing:
+                print(f"WARNING: {what} cannot be written ({error.strerror or error}); the run goes on", flush=True)
+            self._failing.add(what)
 
 
 def events_folder(tensorboard_dir: Path, log_file: Path, resumed: bool) -> Path:

@@ -13,8 +13,10 @@ import dataclasses
 import functools
 import logging
 import os
+import socket
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -31,21 +33,23 @@ from dsllama.locks import Hold, hold
 from dsllama.machine import versions
 from dsllama.sizes import readable
 from dsllama.training.reporting import log_problem
-from dsllama.training.stopping import EXIT_STOPPED
+from dsllama.training.stopping import EXIT_FAILED, EXIT_STOPPED, StopRequest, command
 
 if TYPE_CHECKING:  # importing it for real takes seconds, which a mistake should not cost
     from dsllama.training.engine import World
     from dsllama.training.trainer import Job
 
 logger = logging.getLogger("dsllama")
-EXIT_FAILED = 1
 # The launcher kills the other ranks as soon as one has left; the main rank needs this long to say why.
 _LET_MAIN_SPEAK_SECONDS = 6.0
 _SIZES = "Sizes may be written 524288, 2**19, 512K (x 1024) or 45e9."
 
 
-def main(argv: Sequence[str]) -> int:
-    """Train as the command line says; returns the exit code (0, 1 failed, 2 a mistake, 75 stopped and saved)."""
+def main(argv: Sequence[str], stop: StopRequest | None = None) -> int:
+    """Train as the command line says; returns the exit code (0, 1 failed, 2 a mistake, 75 stopped and saved).
+
+    stop: what has listened for signals since the process began.
+    """
     from dsllama.training import engine, operations
 
     console.settle()
@@ -54,17 +58,22 @@ def main(argv: Sequence[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     logging.getLogger("dsllama").setLevel(logging.INFO if rank == 0 else logging.ERROR)
     holds: dict[str, Hold] = {}
-    try:
-        config = parse(argv, "deepspeed launch/train.py", "Pretrain a Llama-style model.", _SIZES)
-        job = prepare(config, rank, world_size, holds)
-        operations.make_ready(job.ds_config, is_main=rank == 0)
-        return _train(job, rank, world_size, holds.get("ckpt_dir"))
-    except UserError as error:
-        # The same on every rank, or, where data turn out bad on the way, of the one that reads them.
-        return complain(str(error), rank, EXIT_USER_ERROR)
-    finally:
-        for each in reversed(holds.values()):
-            each.release()
+    with stop or StopRequest() as stop:
+        try:
+            config = parse(argv, "deepspeed launch/train.py", "Pretrain a Llama-style model.", _SIZES)
+            job = prepare(config, rank, world_size, holds)
+            operations.make_ready(job.ds_config, is_main=rank == 0)
+            return _train(job, rank, world_size, holds.get("ckpt_dir"), stop)
+        except UserError as error:
+            # The same on every rank, or, where data turn out bad on the way, of the one that reads them.
+            return complain(str(error), rank, EXIT_USER_ERROR)
+        except Exception:
+            stop.mourn()  # most errors amid a collective are the death of another rank
+            text = f"{traceback.format_exc()}training stopped by this error of rank {rank} on {socket.gethostname()}"
+            return complain(f"{text}. {stop.last_words()}", rank, EXIT_FAILED)
+        finally:
+            for each in reversed(holds.values()):
+                each.release()
 
 
 def _take(config: TrainingConfig, holds: dict[str, Hold], problems: list[Problem]) -> None:
@@ -78,17 +87,14 @@ def _take(config: TrainingConfig, holds: dict[str, Hold], problems: list[Problem
         holds["ckpt_dir"] = hold(Path(config.ckpt_dir) / LOCK, "ckpt_dir", config.ckpt_dir, other)
 
 
-def _train(job: Job, rank: int, world_size: int, ckpt_dir: Hold | None) -> int:
+def _train(job: Job, rank: int, world_size: int, ckpt_dir: Hold | None, stop: StopRequest) -> int:
     # Only now: torch's distributed and DeepSpeed's engine take seconds to import.
     from dsllama import selftest
     from dsllama.training import engine, swap
-    from dsllama.training.stopping import StopRequest
     from dsllama.training.trainer import Trainer, TrainingFailed
 
-    # From here on a signal is a stop request: one that comes while the engine is built is met after the first update.
-    stop = StopRequest()
-    stop.listen()
     world = engine.start(rank, world_size)
+    stop.siblings = world.siblings()
     job = _as_the_first_rank(job, world)
     finished = job.resume_from
     if finished is not None and finished.update >= job.derived.updates:
@@ -99,12 +105,14 @@ def _train(job: Job, rank: int, world_size: int, ckpt_dir: Hold | None) -> int:
         return 0
     if world.is_main:
         print("\n".join(_head(job)), flush=True)
+    stop.phase("during the self-test")
     earlier = job.resume_from.manifest.get("self_test") if job.resume_from else None
     verdict, told = selftest.of_run(job.config, job.derived, job.ds_config, world, earlier)
     world.say(told)
     if verdict["result"] == "failed":
         return complain("", rank, EXIT_FAILED)
     job = dataclasses.replace(job, self_test=verdict)
+    stop.phase("while the engine was built")
     with swap.own_folder(swap.place_of(job.ds_config), world) as folder:
         try:
             if folder and world.local_rank == 0:
@@ -116,6 +124,9 @@ def _train(job: Job, rank: int, world_size: int, ckpt_dir: Hold | None) -> int:
         except TrainingFailed as error:
             # Every rank has come to the same, so one says it.
             return complain(f"training stopped: {error}" if world.is_main else "", rank, EXIT_FAILED)
+    # The launcher ends the others as soon as one has left; the first one still has to say how it went.
+    stop.siblings = {}
+    world.tell(None)
     return EXIT_STOPPED if stopped_by else 0
 
 
@@ -332,4 +343,4 @@ def _head(job: Job) -> list[str]:
 
 
 if __name__ == "__main__":
-    exit_process(main(sys.argv[1:]))
+    command()

@@ -1,39 +1,181 @@
-"""How a run is stopped from outside: a signal is a stop request, and the loop acts on it at the end of an update.
+"""How a run ends that does not come to its end: a signal, its launcher's end, another rank's death.
 
-The request travels with the loss in the one all-reduce of each update, so that all ranks stop at the same one.
+A signal, or the end of the launcher, is a stop request. Before the first update is made nothing can be lost, and a
+rank leaves at once. After it the loop acts on a request at the end of an update: it travels with the loss in the one
+all-reduce, so that all ranks save and stop at the same one.
+
+A thread waits for all of these, so that they are heard while the main thread is in a collective that never returns.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import signal
+import socket
+import sys
+import threading
 import time
-from types import FrameType
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import NoReturn
 
-# What the run returns when it was stopped and has saved: "try again later" in sysexits.h, for a scheduler to requeue.
+EXIT_FAILED = 1
+# What a run returns when it was stopped and has saved: "try again later" in sysexits.h, for a scheduler to requeue.
 EXIT_STOPPED = 75
-# Ctrl-C reaches a rank twice, from the terminal and from the launcher: a second request counts only after this.
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+# Ctrl-C reaches a rank more than once, from the terminal and through the launcher.
 _SECOND_REQUEST_SECONDS = 3.0
+_LOOK_SECONDS = 0.25
+# Until the others have seen it too, and until one that was killed by the launcher has gone.
+_MOURNING_SECONDS = 2.0
+# Folders of this process's own, to be removed where it leaves at once.
+LEFTOVERS: set[Path] = set()
 
 
 class StopRequest:
-    """Whether somebody wants this run to stop. A second signal, some seconds after the first, stops at once."""
+    """Whether somebody wants this run to stop; listens from when it is made until it is closed. Of the main thread.
+
+    cause: what asked for it ("SIGTERM"), empty while nothing has. A second signal by the same sender, some seconds
+    after the first, ends the process at once; the launcher, which passes signals on, is another sender than all others.
+    began: when this was made.
+    siblings: process numbers of this host's other ranks, by rank. last_words: what the user does next.
+    """
 
     def __init__(self) -> None:
-        self.signal_name = ""
-        self._first = 0.0
+        self.cause, self.began = "", time.monotonic()
+        self.siblings: dict[int, int] = {}
+        self.last_words: Callable[[], str] = lambda: "Nothing had been trained, nothing is lost."
+        self._phase, self._first, self._from_launcher, self._closed = "while it was starting", 0.0, False, False
+        self._launcher = _launcher()
+        # nohup has SIGHUP ignored.
+        self._before = {number: signal.getsignal(number) for number in _SIGNALS}
+        self._heard = {number for number, handler in self._before.items() if handler is not signal.SIG_IGN}
+        for number in self._heard:
+            signal.signal(number, self._handle)  # where another thread does not block it
+        signal.pthread_sigmask(signal.SIG_BLOCK, self._heard)
+        os.register_at_fork(after_in_child=self._unblock)
+        threading.Thread(target=self._watch, name="stop requests", daemon=True).start()
 
     def __bool__(self) -> bool:
-        return bool(self.signal_name)
+        return bool(self.cause)
 
-    def listen(self) -> None:
-        """From now on SIGINT, SIGTERM and SIGUSR1 are stop requests."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._request)
+    def __enter__(self) -> StopRequest:
+        return self
 
-    def _request(self, number: int, _frame: FrameType | None) -> None:
-        if self.signal_name and time.monotonic() - self._first > _SECOND_REQUEST_SECONDS:
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.siblings, self._closed = {}, True
+        for number in self._heard:
+            signal.signal(number, self._before[number])
+        self._unblock()
+
+    def phase(self, what: str) -> None:
+        """Say what is done from now on; empty once an update has been made. Before that a request is met here."""
+        self._phase = what
+        if what and self:
+            self._leave()
+
+    def mourn(self) -> None:
+        """Where another rank of this host has died, say so and end; else return. Takes two seconds."""
+        deadline = time.monotonic() + _MOURNING_SECONDS
+        while time.monotonic() < deadline:
+            self._look_for_the_dead()
+            time.sleep(_LOOK_SECONDS / 2)
+
+    def _unblock(self) -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._heard)
+
+    def _watch(self) -> None:
+        while not self._closed:
+            told = signal.sigtimedwait(self._heard, _LOOK_SECONDS)
+            if told is not None:
+                self._request(told.si_signo, self._launcher is not None and told.si_pid == self._launcher[0])
+            elif self._launcher is not None and not self and _launcher() != self._launcher:
+                self._ask("the end of its launcher", from_launcher=True)
+            self._look_for_the_dead()
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        self._request(number, from_launcher=False)
+
+    def _request(self, number: int, from_launcher: bool) -> None:
+        if not self:
+            self._ask(signal.Signals(number).name, from_launcher)
+        elif from_launcher == self._from_launcher and time.monotonic() - self._first > _SECOND_REQUEST_SECONDS:
             os._exit(128 + number)
-        if not self.signal_name:
-            self.signal_name = signal.Signals(number).name
-            self._first = time.monotonic()
+
+    def _ask(self, cause: str, from_launcher: bool) -> None:
+        self.cause, self._first, self._from_launcher = cause, time.monotonic(), from_launcher
+        if self._phase:
+            self._leave()
+
+    def _leave(self) -> NoReturn:
+        if int(os.environ.get("RANK", 0)) != 0:
+            time.sleep(_SECOND_REQUEST_SECONDS)  # the first rank has had the same, most likely, and says it for all
+        self._end(f"stopped by {self.cause} {self._phase}. {self.last_words()}", EXIT_STOPPED)
+
+    def _look_for_the_dead(self) -> None:
+        for rank, process in self.siblings.items():
+            how = _end_of(process)
+            if how is None or self._closed:
+                continue
+            if how == "":  # it has spoken for itself; the launcher ends this one
+                self.siblings = {}
+                return
+            if min(set(self.siblings) - {rank}, default=sys.maxsize) < int(os.environ.get("RANK", 0)):
+                time.sleep(_MOURNING_SECONDS)  # that one says it
+            what = f"rank {rank} (process {process} on {socket.gethostname()}) {how}"
+            self._end(f"training stopped: {what}. {self.last_words()}", EXIT_FAILED)
+
+    def _end(self, text: str, code: int) -> NoReturn:
+        for folder in LEFTOVERS:
+            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError, ValueError):
+            print(text, file=sys.stderr if code == EXIT_FAILED else sys.stdout, flush=True)
+        os._exit(code)
+
+
+def _stat(process: int | str) -> list[str]:
+    """Of a process, from its state on: see proc(5), fields 3 and following."""
+    return Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+
+
+def _launcher() -> tuple[int, int] | None:
+    """The process that has started this rank, and for DeepSpeed's the one that had started that; None for a shell.
+
+    The end of either shows in these numbers: the kernel gives orphans another parent.
+    """
+    with contextlib.suppress(OSError):
+        parent = os.getppid()
+        command = Path(f"/proc/{parent}/cmdline").read_bytes()
+        if b"deepspeed.launcher" in command:
+            return parent, int(_stat(parent)[1])
+        if b"torchrun" in command or b"torch.distributed" in command:
+            return parent, 0
+    return None
+
+
+def _end_of(process: int) -> str | None:
+    """How a process has ended: None while it lives, "" where it has ended itself and said why, else how, for people."""
+    try:
+        fields = _stat(process)
+    except OSError:
+        return "has gone"  # and its parent has been told how
+    if fields[0] not in "ZX":
+        return None
+    number = int(fields[-1]) & 0x7F  # the exit code, where the kernel shows it
+    if number == 0:
+        return ""
+    name = signal.Signals(number).name
+    if number == signal.SIGKILL:
+        return f"was killed by {name}: by somebody, or for want of memory (the kernel's log, dmesg, tells which)"
+    return f"was ended by {name}"
+
+
+def command() -> NoReturn:
+    """What a launcher starts: listens before it imports what takes seconds."""
+    stop = StopRequest()
+    from dsllama.training import run
+
+    run.exit_process(run.main(sys.argv[1:], stop))

@@ -24,6 +24,7 @@ from typing import Any
 from dsllama.checkpoint.state import raise_together
 from dsllama.errors import Problem
 from dsllama.sizes import readable_bytes
+from dsllama.training import stopping
 from dsllama.training.engine import World
 
 Json = dict[str, Any]
@@ -154,6 +155,7 @@ def own_folder(place: Path | None, world: World) -> Iterator[Path | None]:
             lock = os.open(aside / _LOCK, os.O_CREAT | os.O_RDWR)
             fcntl.flock(lock, fcntl.LOCK_EX)
             aside.rename(folder)
+            stopping.LEFTOVERS.add(folder)
         except OSError as error:
             failure = f"{socket.gethostname()}: {error}"
     try:

@@ -138,6 +138,8 @@ class Trainer:
         self.report: Report | None = None
         self.learning_rate = 0.0
         self.all_have_written = False
+        self.longest_update = self.longest_save = 0.0
+        self.stops_in_time: bool | None = None
 
     # ------------------------------------------------------------ the loop
 
@@ -151,16 +153,21 @@ class Trainer:
                 at_the_end.callback(self.report.close)
             at_the_end.callback(self._wait_for_housekeeping)
             self.clock = Stopwatch()
+            self.stop.last_words = self._last_good
+            self.stop.phase("before its first update had been made")
             while self.update < updates and not stopped_by:
+                began = time.perf_counter()
+                self._mind_the_time()
                 self.update += 1
                 self.scheduler.step(self.update)
                 # The rate of this update: at its end DeepSpeed sets the next one.
                 self.learning_rate = self.scheduler.get_current_lr()
                 loss, grad_norm, somebody_stops = self.train_one_update()
+                self.stop.phase("")
                 if self.saver.busy and self.all_have_written:
                     self._settle(last=False)
                 self._insist_on_finite(loss, grad_norm)
-                stopped_by = self.stop.signal_name or "another rank" if somebody_stops else ""
+                stopped_by = self.stop.cause or "another rank" if somebody_stops else ""
                 # It is the first at or beyond a multiple of token_ckpt.
                 save_is_due |= self.tokens % config.token_ckpt < config.tokens_per_update
                 last = bool(stopped_by) or self.update == updates
@@ -180,6 +187,8 @@ class Trainer:
                         self._log(loss, grad_norm, validation)
                 if config.sample_prompts and is_sample_update(self.update, config):
                     self._sample()
+                if self.update > self.first_update:  # that one compiles
+                    self.longest_update = max(self.longest_update, time.perf_counter() - began)
         stopped_by = stopped_by if self.update < updates else ""
         if self.world.is_main:
             self._summarize(loss, stopped_by)
@@ -197,6 +206,26 @@ class Trainer:
         total, counted, requests, written, failed = sums.tolist()
         self.all_have_written = written + failed == self.world.size
         return total / counted, grad_norm, requests > 0
+
+    def _mind_the_time(self) -> None:
+        """Ask to stop where another update would leave no time for the save."""
+        limit, elapsed = self.config.max_run_time, time.monotonic() - self.stop.began
+        ends = elapsed + 2 * self.longest_update + self.longest_save
+        if limit and ends > limit and self.world.is_main and not self.stop:
+            self.stop.cause = f"max_run_time ({readable_duration(limit)})"
+
+    def _say_how_it_stops(self, save_seconds: float) -> None:
+        """Whether a run that is asked to stop has saved within the grace period: better known beforehand."""
+        self.longest_save = max(self.longest_save, save_seconds)
+        takes, given = self.longest_update + self.longest_save, self.config.grace_period
+        if self.stops_in_time is (in_time := takes <= given):
+            return
+        self.stops_in_time, took = in_time, f"stopping     takes up to {takes:.1f} s, for an update and a save: "
+        if in_time:
+            print(f"{took}within the grace_period of {given:g} s", flush=True)
+        else:
+            longer = f"LONGER than the grace_period of {given:g} s, after which all may be killed"
+            print(f"{took}{longer}; give notice earlier (SIGUSR1 to the ranks), and set grace_period", flush=True)
 
     def _say_when(self, seconds: float, steps: int) -> None:
         """After the first micro-step: when the first row is to be expected, if that is not soon."""
@@ -341,6 +370,8 @@ class Trainer:
         if not self.saver.foreground:
             cost += f", of which training stood still for {saved.stall:.2f} s"
         print(f"saved {saved.checkpoint.path} ({cost}; {saved.megabytes_per_second:.0f} MB/s)", flush=True)
+        if not last:
+            self._say_how_it_stops(saved.seconds)
         with self.clock.paused():
             self._wait_for_housekeeping()
         self.housekeeping = threading.Thread(target=self._keep_house, args=(saved.checkpoint,), daemon=True)
@@ -353,11 +384,8 @@ class Trainer:
     def _keep_house(self, newest: Checkpoint) -> None:
         """Draw the plot anew and remove old checkpoints; in a thread, since each may take seconds."""
         assert self.report is not None
-        try:
-            published = list_checkpoints(self.config.ckpt_dir)
-            self.report.plot([update_of(path) * self.config.tokens_per_update for path in published])
-        except OSError as error:
-            logger.warning(f"the plot could not be drawn: {error}")
+        published = list_checkpoints(self.config.ckpt_dir)
+        self.report.plot([update_of(path) * self.config.tokens_per_update for path in published])
         if gone := self.retention.apply(newest) if self.retention else []:
             what = "only weights left of" if self.config.keep_weights else "removed"
             names = ", ".join(checkpoint.path.name for checkpoint in gone)

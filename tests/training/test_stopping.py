@@ -1,12 +1,17 @@
-"""A run is stopped from outside, and goes on from where it was."""
+"""A run is stopped from outside, in any phase, and goes on from where it was."""
 
 from __future__ import annotations
 
 import json
-import os
+import re
 import signal
+import subprocess
+import time
+from itertools import product
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 from dsllama.checkpoint.catalog import list_checkpoints
@@ -14,27 +19,147 @@ from tests.conftest import PATIENCE, Run, TinyData, deepspeed_command, run, star
 from tests.processes import start, wait_for_rows
 
 pytestmark = starts_processes
+ENDLESS = {"training_tokens": 10**6 * 256, "token_ckpt": "1G", "log_interval": 1}
+RANKS = 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_the_whole_job_leaves_a_checkpoint_that_goes_on(
-    tiny_data: TinyData, tmp_path: Path, number
+class Job:
+    """A training under DeepSpeed's launcher, and its processes."""
+
+    def __init__(self, trained: Run) -> None:
+        self.trained = trained
+        self.process = start(*deepspeed_command(RANKS, "launch/train.py", *trained.words()))
+
+    def ranks(self) -> list[psutil.Process]:
+        """Those that run our code, by rank."""
+        found = {}
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            words = [word for word in child.cmdline() if word.startswith("--local_rank=")]
+            if words:
+                found[int(words[0].partition("=")[2])] = child
+        return [found[rank] for rank in sorted(found)]
+
+    def wait_for(self, phase: str) -> None:
+        """Until it is there."""
+        if phase == "training":
+            wait_for_rows(self.trained.folder / "log.csv", 5, self.process)
+            return
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            try:
+                if len(self.ranks()) == RANKS and (phase == "import" or self.trained.folder.exists()):
+                    break
+            except psutil.Error:
+                assert self.process.poll() is None
+            time.sleep(0.1)
+        time.sleep(0.5)  # a process listens from its first tenths of a second on
+
+    def processes(self, who: str) -> list[psutil.Process]:
+        """One of "rank 0", "rank 1", "ranks", "launcher" (of the host), "deepspeed" (what was typed), "all"."""
+        typed, ranks = psutil.Process(self.process.pid), self.ranks()
+        (launcher,) = typed.children()
+        known = {"launcher": [launcher], "deepspeed": [typed], "ranks": ranks, "all": [typed, launcher, *ranks]}
+        return known[who] if who in known else [ranks[int(who[-1])]]
+
+    def end(self) -> tuple[int, str]:
+        """(exit code of the launcher, all that was said) once every process has ended."""
+        everyone = psutil.Process(self.process.pid).children(recursive=True)
+        return self._ended(everyone)
+
+    def signalled(self, who: str, number: int) -> tuple[int, str]:
+        """`end` after a signal to these."""
+        everyone, those = psutil.Process(self.process.pid).children(recursive=True), self.processes(who)
+        for each in those:
+            each.send_signal(number)
+        return self._ended(everyone)
+
+    def _ended(self, everyone: list[psutil.Process]) -> tuple[int, str]:
+        said, _ = self.process.communicate(timeout=PATIENCE)
+        _, alive = psutil.wait_procs(everyone, timeout=PATIENCE)
+        assert not alive
+        return self.process.returncode, said
+
+
+EXIT_CODES = {"rank 0": 75, "rank 1": 75, "ranks": 75, "launcher": 1, "deepspeed": None, "all": None}
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
+# DeepSpeed's own processes die of these two.
+FATAL = {"launcher": [signal.SIGHUP, signal.SIGUSR1], "deepspeed": SIGNALS, "all": SIGNALS}
+CASES = [("deepspeed", signal.SIGTERM, "training"), ("rank 1", signal.SIGHUP, "import")]
+ALL_CASES = [case for case in product(EXIT_CODES, SIGNALS, ("import", "build", "training")) if case not in CASES]
+
+
+@pytest.mark.parametrize(
+    ("who", "number", "phase"), [*CASES, *(pytest.param(*case, marks=pytest.mark.long) for case in ALL_CASES)]
+)
+def test_a_signal_to_any_process_ends_all_and_loses_nothing(
+    tiny_data: TinyData, tmp_path: Path, who: str, number: signal.Signals, phase: str
 ) -> None:
-    trained = Run(tmp_path / "run", {**tiny_data.settings, "training_tokens": 4000 * 256, "token_ckpt": "1G"})
-    process = start(*deepspeed_command(2, "launch/train.py", *trained.words()))
-    wait_for_rows(tmp_path / "run" / "log.csv", 5, process)
-    os.killpg(process.pid, number)
-    process.communicate(timeout=PATIENCE)
+    job = Job(Run(tmp_path / "run", {**tiny_data.settings, **ENDLESS}))
+    job.wait_for(phase)
+    code, said = job.signalled(who, number)
+    if number not in FATAL.get(who, []):
+        assert code == EXIT_CODES[who], said
+    assert "Traceback (most recent call last)" not in said.replace("KeyboardInterrupt", "") or who in FATAL, said
+    stopped = re.search(r"stopped by (.*?) (after|while|during|before)", said)
+    if stopped is not None and stopped[2] == "after":
+        assert_saved(job.trained)
+    else:
+        assert phase != "training", said
+        assert not list_checkpoints(job.trained.folder / "checkpoints")
+
+
+def assert_saved(trained: Run) -> dict[str, Any]:
+    """The newest checkpoint is of the log's last row; its manifest."""
     checkpoint = list_checkpoints(trained.folder / "checkpoints")[-1]
-    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest: dict[str, Any] = json.loads((checkpoint / "manifest.json").read_text())
     assert manifest["update"] == int(trained.rows()[-1]["update"])
     assert manifest["data"]["consumed_samples"] == manifest["update"] * 8
+    return manifest
 
-    if number == signal.SIGINT:
-        return  # the quickstart goes on from that one
-    more = {**trained.settings, "load_ckpt": "true", "training_tokens": (manifest["update"] + 3) * 256}
-    result = run(*deepspeed_command(2, "launch/train.py", *Run(trained.folder, more).words()))
+
+def test_ctrl_c_leaves_a_checkpoint_that_goes_on(tiny_data: TinyData, tmp_path: Path) -> None:
+    job = Job(Run(tmp_path / "run", {**tiny_data.settings, **ENDLESS}))
+    job.wait_for("training")
+    job.signalled("all", signal.SIGINT)
+    manifest = assert_saved(job.trained)
+    more = {**job.trained.settings, "load_ckpt": "true", "training_tokens": (manifest["update"] + 3) * 256}
+    result = run(*deepspeed_command(RANKS, "launch/train.py", *Run(job.trained.folder, more).words()))
     assert result.returncode == 0, result.stdout + result.stderr
-    assert [int(row["update"]) for row in trained.rows()][-4:] == list(
+    assert [int(row["update"]) for row in job.trained.rows()][-4:] == list(
         range(manifest["update"], manifest["update"] + 4)
     )
+
+
+def test_the_death_of_a_rank_is_named_with_what_to_do(tiny_data: TinyData, tmp_path: Path) -> None:
+    job = Job(Run(tmp_path / "run", {**tiny_data.settings, **ENDLESS, "token_ckpt": 256}))
+    job.wait_for("training")
+    (victim,) = job.processes("rank 1")
+    _, said = job.signalled("rank 1", signal.SIGKILL)
+    assert f"training stopped: rank 1 (process {victim.pid} on " in said and "was killed by SIGKILL" in said
+    checkpoint = re.findall(r"The last good checkpoint is (\S+); --load_ckpt true goes on from it", said)
+    assert len(checkpoint) == 1 and Path(checkpoint[0]) in list_checkpoints(job.trained.folder / "checkpoints")
+    assert "Traceback" not in said
+
+
+def test_a_run_ends_in_time_and_says_beforehand_what_a_stop_takes(tiny_data: TinyData, tmp_path: Path) -> None:
+    limits = {"max_run_time": "20s", "grace_period": 1e-3, "token_ckpt": 10 * 256}
+    trained = Run(tmp_path / "run", {**tiny_data.settings, **ENDLESS, **limits})
+    result = run("python", "launch/train.py", *trained.words())
+    assert result.returncode == 75, result.stdout + result.stderr
+    assert "stopped by max_run_time (20s) after update" in result.stdout
+    assert result.stdout.count("LONGER than the grace_period of 0.001 s") == 1
+    assert_saved(trained)
+
+
+@pytest.mark.long
+def test_a_second_wish_of_the_same_sender_is_met_at_once(tiny_data: TinyData, tmp_path: Path) -> None:
+    slow = {**tiny_data.settings, **ENDLESS, "n_layers": 12, "n_embd": 512, "tokens_per_update": 256 * 64}
+    job = Job(Run(tmp_path / "run", slow))
+    job.wait_for("build")
+    time.sleep(20)
+    (rank,) = job.processes("rank 0")
+    rank.send_signal(signal.SIGTERM)
+    time.sleep(4)
+    with_code = subprocess.run(["kill", "-TERM", str(rank.pid)], check=False)
+    assert with_code.returncode in (0, 1)  # 1: it had left at once, before its first update
+    job.end()
