@@ -24,7 +24,7 @@ from typing import Any
 from dsllama import console
 from dsllama.config import TrainingConfig
 from dsllama.deepspeed_config import deepspeed_config
-from dsllama.derived import Derived, derive
+from dsllama.derived import DEFAULT_VOCABULARY, Derived, derive
 from dsllama.errors import Problem, UserError
 from dsllama.machine import available_memory, peak_memory_gib
 from dsllama.sizes import readable_bytes
@@ -117,17 +117,21 @@ def sweep(
         raise UserError(
             Problem("--recipes", "has no overlay (*.json)", "run it in a checkout of dsllama", str(recipes))
         )
+    from dsllama.training.engine import accelerator
+
     out.mkdir(parents=True, exist_ok=True)
     told: list[Json] = []
     for file in files:
         print(f"measuring    {file.stem}", file=sys.stderr, flush=True)
-        settings = {
-            "zero_stage": None,
-            "offload_optimizer": None,
-            "offload_params": None,
-            "deepspeed_overlay": str(file),
-        }
-        told.append({"recipe": file.stem, **_apart({**config.to_dict(), **settings}, updates, device_memory)})
+        settings = {**config.to_dict(), **dict.fromkeys(("zero_stage", "offload_optimizer", "offload_params"))}
+        settings["deepspeed_overlay"] = str(file)
+        try:  # what is wrong is known before a process is started
+            other = TrainingConfig(**settings)
+            deepspeed_config(other, derive(other, 1, other.vocab_size or DEFAULT_VOCABULARY), accelerator())
+            answer = _apart(settings, updates, device_memory)
+        except UserError as error:
+            answer = {"error": _in_a_line(error)}
+        told.append({"recipe": file.stem, **answer})
     (out / "offload.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
     measured = [each for each in told if "error" not in each]
     print("\n".join(_report(told)))
@@ -389,6 +393,10 @@ class _Clock:
         return float(sum(copied)) / 1e6 / took
 
 
+def _in_a_line(error: UserError) -> str:
+    return "; ".join(" ".join(str(problem).split()) for problem in error.problems)
+
+
 def main(argv: list[str]) -> int:
     """`measure` as a process: what was asked in a file, the answer in another."""
     from dsllama.training.run import exit_process
@@ -397,7 +405,7 @@ def main(argv: list[str]) -> int:
     try:
         answer = measure(TrainingConfig(**settings), updates, device_memory)
     except UserError as error:
-        answer = {"error": "; ".join(" ".join(str(problem).split()) for problem in error.problems)}
+        answer = {"error": _in_a_line(error)}
     Path(argv[1]).write_text(json.dumps(answer), encoding="utf-8")
     exit_process(0)
 

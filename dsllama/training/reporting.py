@@ -12,8 +12,10 @@ import csv
 import math
 import os
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -87,9 +89,13 @@ class Report:
         self._file = log_file.open("a", newline="", encoding="utf-8", buffering=1)
         self._csv = csv.DictWriter(self._file, COLUMNS)
         events = events_folder(tensorboard_dir, log_file, bool(resumed_from))
-        # purge_step hides what an earlier attempt wrote beyond the point that we go on from.
-        self._events = SummaryWriter(str(events), purge_step=resumed_tokens + 1 if resumed_from else None)
         self._failing: set[str] = set()
+        # Its thread dies of a full disk, which is said below; then there is another one, in the same folder.
+        self._new_events = partial(SummaryWriter, str(events))
+        # purge_step hides what an earlier attempt wrote beyond the point that we go on from.
+        self._events = self._new_events(purge_step=resumed_tokens + 1 if resumed_from else None)
+        aloud = threading.excepthook
+        threading.excepthook = lambda error: None if isinstance(error.exc_value, OSError) else aloud(error)
 
     def row(self, row: Row, updates: int, eta_seconds: float) -> None:
         """Write one row everywhere."""
@@ -135,6 +141,8 @@ class Report:
             yield
             self._failing.discard(what)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                self._events = self._new_events() if what == _EVENTS else self._events
             if what not in self._failing:
                 print(f"WARNING: {what} cannot be written ({error.strerror or error}); the run goes on", flush=True)
             self._failing.add(what)

@@ -58,7 +58,7 @@ def main(argv: Sequence[str], stop: StopRequest | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     logging.getLogger("dsllama").setLevel(logging.INFO if rank == 0 else logging.ERROR)
     holds: dict[str, Hold] = {}
-    with stop or StopRequest() as stop:
+    with StopRequest() if stop is None else stop as stop:  # one without a wish is false
         try:
             config = parse(argv, "deepspeed launch/train.py", "Pretrain a Llama-style model.", _SIZES)
             job = prepare(config, rank, world_size, holds)

@@ -10,6 +10,7 @@ A thread waits for all of these, so that they are heard while the main thread is
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import shutil
 import signal
@@ -111,18 +112,19 @@ class StopRequest:
             self._leave()
 
     def _leave(self) -> NoReturn:
-        if int(os.environ.get("RANK", 0)) != 0:
+        rank = int(os.environ.get("RANK", 0))
+        if rank != 0:
             time.sleep(_SECOND_REQUEST_SECONDS)  # the first rank has had the same, most likely, and says it for all
-        self._end(f"stopped by {self.cause} {self._phase}. {self.last_words()}", EXIT_STOPPED)
+        told = f"stopped by {self.cause} {self._phase}. {self.last_words()}"
+        self._end(f"rank {rank}: {told}" if rank else told, EXIT_STOPPED)
 
     def _look_for_the_dead(self) -> None:
         for rank, process in self.siblings.items():
             how = _end_of(process)
             if how is None or self._closed:
                 continue
-            if how == "":  # it has spoken for itself; the launcher ends this one
-                self.siblings = {}
-                return
+            if how == "":  # it has spoken for itself, and what it was needed for would never come
+                self._end("", EXIT_FAILED)
             if min(set(self.siblings) - {rank}, default=sys.maxsize) < int(os.environ.get("RANK", 0)):
                 time.sleep(_MOURNING_SECONDS)  # that one says it
             what = f"rank {rank} (process {process} on {socket.gethostname()}) {how}"
@@ -132,7 +134,8 @@ class StopRequest:
         for folder in LEFTOVERS:
             shutil.rmtree(folder, ignore_errors=True)
         with contextlib.suppress(OSError, ValueError):
-            print(text, file=sys.stderr if code == EXIT_FAILED else sys.stdout, flush=True)
+            if text:
+                print(text, file=sys.stderr if code == EXIT_FAILED else sys.stdout, flush=True)
         os._exit(code)
 
 
@@ -170,12 +173,13 @@ def _end_of(process: int) -> str | None:
     name = signal.Signals(number).name
     if number == signal.SIGKILL:
         return f"was killed by {name}: by somebody, or for want of memory (the kernel's log, dmesg, tells which)"
-    return f"was ended by {name}"
+    return f"was ended by {name}" + (": a data file has shrunk, or its disk fails" if number == signal.SIGBUS else "")
 
 
 def command() -> NoReturn:
     """What a launcher starts: listens before it imports what takes seconds."""
     stop = StopRequest()
+    faulthandler.enable()  # a crash in native code shows where
     from dsllama.training import run
 
     run.exit_process(run.main(sys.argv[1:], stop))

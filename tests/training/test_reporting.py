@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import resource
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import yaml
 from dsllama.checkpoint.catalog import list_checkpoints
 from dsllama.errors import UserError
 from dsllama.files import write_own
-from dsllama.training.reporting import COLUMNS, Report, events_folder, log_problem, read_log
+from dsllama.training.reporting import COLUMNS, Report, Row, events_folder, log_problem, read_log
 from dsllama.training.run import note_start
 from tests.campaign import UPDATES, Campaign
 from tests.conftest import TinyData, starts_processes
@@ -74,6 +75,37 @@ def test_events_of_runs_are_kept_apart_and_a_resumed_run_goes_on_in_its_own(tmp_
 
     starts = [("a.csv", False), ("b.csv", False), ("a.csv", False), ("a.csv", True), ("b.csv", True), ("c.csv", True)]
     assert [events(*start) for start in starts] == ["a-1", "b-1", "a-2", "a-2", "b-1", "c-1"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_is_said_and_the_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def row(update: int) -> Row:
+        return Row(update, 0.5, 1.0, 2.7, 1e-3, 0.1, update * 256, update * 256, 100.0, 1.0)
+
+    report = Report(tmp_path / "log.csv", tmp_path / "tensorboard", 0, 0)
+    report.row(row(1), 9, 1.0)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "log.csv").stat().st_size, limits[1]))
+    try:
+        report.row(row(2), 9, 1.0)
+        report.row(row(3), 9, 1.0)
+        report.sample(3, 768, ["text" * 200])
+        report.plot()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    report.row(row(4), 9, 1.0)
+    report.close()
+    said = capsys.readouterr().out
+    assert (
+        said.count(f"WARNING: the log {tmp_path / 'log.csv'} cannot be written (File too large); the run goes on") == 1
+    )
+    assert "log.samples.txt cannot be written" in said and "the plot cannot be written" in said
+    assert [each["update"] for each in read_log(tmp_path / "log.csv")] == ["1", "2", "3", "4"]
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "log-1"))
+    events.Reload()
+    assert {1, 4} <= {event.step // 256 for event in events.Scalars("train/loss")}
 
 
 def test_the_smoothed_line_is_the_mean_of_neighbours() -> None:

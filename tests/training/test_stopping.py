@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import signal
-import subprocess
 import time
 from itertools import product
 from pathlib import Path
@@ -117,6 +116,7 @@ def assert_saved(trained: Run) -> dict[str, Any]:
     return manifest
 
 
+@pytest.mark.long
 def test_ctrl_c_leaves_a_checkpoint_that_goes_on(tiny_data: TinyData, tmp_path: Path) -> None:
     job = Job(Run(tmp_path / "run", {**tiny_data.settings, **ENDLESS}))
     job.wait_for("training")
@@ -151,15 +151,31 @@ def test_a_run_ends_in_time_and_says_beforehand_what_a_stop_takes(tiny_data: Tin
     assert_saved(trained)
 
 
+SLOW = {"n_layers": 8, "n_embd": 256, "tokens_per_update": 256 * 200}  # updates of some ten seconds
+
+
+@pytest.mark.long
+def test_a_second_wish_counts_only_from_the_sender_of_the_first(tiny_data: TinyData, tmp_path: Path) -> None:
+    job = Job(Run(tmp_path / "run", {**tiny_data.settings, **ENDLESS, **SLOW}))
+    wait_for_rows(job.trained.folder / "log.csv", 1, job.process)
+    first, other = job.ranks()
+    first.send_signal(signal.SIGTERM)
+    time.sleep(4)
+    (launcher,) = job.processes("launcher")
+    launcher.send_signal(signal.SIGTERM)  # which passes it on
+    code, said = job.end()
+    assert code == 1 and "stopped by SIGTERM after update" in said
+    assert_saved(job.trained)
+    assert not other.is_running()
+
+
 @pytest.mark.long
 def test_a_second_wish_of_the_same_sender_is_met_at_once(tiny_data: TinyData, tmp_path: Path) -> None:
-    slow = {**tiny_data.settings, **ENDLESS, "n_layers": 12, "n_embd": 512, "tokens_per_update": 256 * 64}
-    job = Job(Run(tmp_path / "run", slow))
-    job.wait_for("build")
-    time.sleep(20)
+    job = Job(Run(tmp_path / "run", {**tiny_data.settings, **ENDLESS, **SLOW}))
+    wait_for_rows(job.trained.folder / "log.csv", 1, job.process)
     (rank,) = job.processes("rank 0")
     rank.send_signal(signal.SIGTERM)
-    time.sleep(4)
-    with_code = subprocess.run(["kill", "-TERM", str(rank.pid)], check=False)
-    assert with_code.returncode in (0, 1)  # 1: it had left at once, before its first update
-    job.end()
+    time.sleep(3.5)
+    rank.send_signal(signal.SIGTERM)
+    code, said = job.end()
+    assert code == 128 + signal.SIGTERM and "stopped by" not in said
