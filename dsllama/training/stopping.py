@@ -179,7 +179,8 @@ def _end_of(process: int) -> str | None:
 def command() -> NoReturn:
     """What a launcher starts: listens before it imports what takes seconds."""
     stop = StopRequest()
-    faulthandler.enable()  # a crash in native code shows where
+    with contextlib.suppress(RuntimeError, ValueError, OSError):  # a standard error that is closed
+        faulthandler.enable()  # a crash in native code shows where
     from dsllama.training import run
 
     run.exit_process(run.main(sys.argv[1:], stop))
