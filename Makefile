@@ -4,9 +4,11 @@ PYTHON ?= python3
 VENV ?= .venv
 # The same pin fetches the CUDA build where the package index serves it, and the CPU build where it serves that.
 TORCH ?= torch==2.13.0
+KILLS ?= 200
+SEED ?= 1
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test long-test check replay bench install clean
+.PHONY: quickstart test long-test campaign check replay bench install clean
 
 quickstart: install  ## raw text to a trained model, on whatever this machine has
 	@$(BIN)/dsllama quickstart $(ARGS)
@@ -16,6 +18,9 @@ test: $(VENV)/.test  ## the whole test suite
 
 long-test: $(VENV)/.test  ## the long campaigns
 	$(BIN)/python -m pytest -m long $(ARGS)
+
+campaign: $(VENV)/.test  ## a run that is killed KILLS times and goes on, held against one that never died
+	$(BIN)/python -m tests.crashes --kills $(KILLS) --seed $(SEED)
 
 check: $(VENV)/.test  ## lint, layout and types
 	$(BIN)/ruff check .

@@ -134,8 +134,9 @@ class Campaign:
                 }
             self._launch(f"resumed_{ranks}", ranks, resumed, calls, whole)
             if alone:
-                whole += [self._launch("long", 1, {name: TRAININGS[name] for name in LONG}, {})]
-                self._launch("resumed_long", 1, self._resumed(RESUMED_LONG, 1), {}, whole)
+                # Not added to `whole`, which the launch of the resumed ones waits for.
+                more = self._launch("long", 1, {name: TRAININGS[name] for name in LONG}, {})
+                self._launch("resumed_long", 1, self._resumed(RESUMED_LONG, 1), {}, [*whole, more])
 
     def ended(self, name: str, ranks: int = 1) -> Ended:
         """How a training or a call ended."""

@@ -94,7 +94,7 @@ class Report:
         self._new_events = partial(SummaryWriter, str(events))
         # purge_step hides what an earlier attempt wrote beyond the point that we go on from.
         self._events = self._new_events(purge_step=resumed_tokens + 1 if resumed_from else None)
-        aloud = threading.excepthook
+        self._aloud = aloud = threading.excepthook
         threading.excepthook = lambda error: None if isinstance(error.exc_value, OSError) else aloud(error)
 
     def row(self, row: Row, updates: int, eta_seconds: float) -> None:
@@ -133,6 +133,7 @@ class Report:
             self._file.close()
         with self._surviving(_EVENTS):
             self._events.close()
+        threading.excepthook = self._aloud
 
     @contextlib.contextmanager
     def _surviving(self, what: str) -> Iterator[None]:

@@ -57,7 +57,8 @@ class StopRequest:
         for number in self._heard:
             signal.signal(number, self._handle)  # where another thread does not block it
         signal.pthread_sigmask(signal.SIG_BLOCK, self._heard)
-        os.register_at_fork(after_in_child=self._unblock)
+        heard = self._heard  # and not all of this, for the rest of the process
+        os.register_at_fork(after_in_child=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, heard))
         threading.Thread(target=self._watch, name="stop requests", daemon=True).start()
 
     def __bool__(self) -> bool:
@@ -67,10 +68,10 @@ class StopRequest:
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self.siblings, self._closed = {}, True
+        self.siblings, self._closed, self.last_words = {}, True, str  # nothing of the run is held any more
         for number in self._heard:
             signal.signal(number, self._before[number])
-        self._unblock()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._heard)
 
     def phase(self, what: str) -> None:
         """Say what is done from now on; empty once an update has been made. Before that a request is met here."""
@@ -84,9 +85,6 @@ class StopRequest:
         while time.monotonic() < deadline:
             self._look_for_the_dead()
             time.sleep(_LOOK_SECONDS / 2)
-
-    def _unblock(self) -> None:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._heard)
 
     def _watch(self) -> None:
         while not self._closed:
