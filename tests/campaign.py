@@ -34,6 +34,10 @@ RECIPES = {
     name: {"precision": "bf16", "deepspeed_overlay": f"ds_configs/{name}.json", **_SHORT}
     for name in ("zero2_cpu_offload", "zero3_cpu_optimizer", "zero3_cpu_offload")
 }
+OFFLOADED = {
+    **{"vocab_size": 4096, "n_embd": 128, "n_heads": 8, "n_layers": 2, "batch_size": 2, "max_seq_len": 64},
+    **{"tokens_per_update": 512, "training_tokens": 51200, "warmup_iterations": 1, "tokenizer_path": "none.json"},
+}
 _LONGER = {"training_tokens": 24 * 256}
 _ONE_CHECKPOINT = {"token_ckpt": "1G"}  # the last one
 TRAININGS: dict[str, dict[str, Any]] = {
@@ -62,6 +66,10 @@ ON_ONE_RANK: dict[str, dict[str, Any]] = {
         **{"validation_tokens": 500, "eval_interval": 7},
     },
     "keeping_weights": {"zero_stage": 1, "token_ckpt": 5 * 256, "keep_last": 1, "keep_weights": "true"},
+    "short_of_time": {
+        **{"max_run_time": 4, "grace_period": 1e-3, "training_tokens": 10**6 * 256},
+        "token_ckpt": 10 * 256,
+    },
     "reporting": {
         "validation_tokens": 1000,
         "eval_interval": 5,
@@ -175,6 +183,8 @@ class Campaign:
             refused = Run(self.root / launch / "refused", {**self.data.settings, "deepspeed_overlay": overlay})
             calls["refused_by_the_engine"] = Call("dsllama.training.run:main", {"argv": refused.words()})
             calls["without_tokenizer"] = Call("tests.engine_tasks:train_without_tokenizer", arguments)
+            recipe = {**OFFLOADED, "deepspeed_overlay": "ds_configs/zero2_cpu_offload.json"}
+            calls["measured"] = Call("tests.engine_tasks:measured", {"settings": recipe})
             calls["partitioned"] = Call("tests.partitioned_model:report")
         return calls
 

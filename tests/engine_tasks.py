@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dsllama import offload
+from dsllama.config import TrainingConfig
 from dsllama.model import LLaMaTransformer
 from dsllama.training import engine as deepspeed_engine
 from dsllama.training import swap
@@ -231,3 +233,8 @@ def fp16_on_cpu(wanted: bool) -> Iterator[None]:
 def limit_files(size: int = resource.RLIM_INFINITY) -> None:
     """Let no file of this process become larger, as on a disk that is full."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def measured(settings: dict[str, Any]) -> dict[str, Any]:
+    """What `dsllama offload` measures of a recipe."""
+    return offload.measure(TrainingConfig(**settings), updates=1, device_memory=None)

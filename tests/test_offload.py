@@ -15,6 +15,7 @@ from dsllama.config import TrainingConfig
 from dsllama.deepspeed_config import deepspeed_config
 from dsllama.derived import derive
 from dsllama.model import LLaMaTransformer
+from tests.campaign import Campaign
 from tests.conftest import starts_processes
 
 SETTINGS: dict[str, Any] = {
@@ -65,6 +66,15 @@ def test_offload_moves_bytes_of_a_parameter_from_device_to_host_to_nvme(tmp_path
     assert swapped.nvme / parameters == pytest.approx(12) and both.nvme == 0
 
 
+@starts_processes
+def test_a_recipe_is_measured_by_part(campaign: Campaign) -> None:
+    told = campaign.ended("measured").value
+    assert sum(told["parts"].values()) == pytest.approx(told["seconds"])
+    assert 0 < told["parts"]["cpu_adam"] < told["seconds"]
+    assert told["tokens_per_second"] == pytest.approx(512 / told["seconds"])
+
+
+@pytest.mark.long
 @starts_processes
 def test_the_sweep_measures_a_recipe_and_says_why_another_came_to_nothing(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,18 @@ QUIET: dict[str, Json] = {
     },
     "DeepSpeed's own files": {"zero_stage": 2, "checkpoint_format": "deepspeed"},
 }  # fmt: skip
+# Left to `long`: a spread of the others is looked at each time.
+LONG = {
+    "divided by ranks", "one step too many", "twice the decay", "other data", "stale copy", "tiled loss",
+    "fp32, stage 0", "bf16, stage 2, checkpointing", "fp16, stage 2", "DeepSpeed's own files",
+}  # fmt: skip
+
+
+def spread(names: Iterable[str]) -> list[Any]:
+    """For parametrize: those of LONG are marked."""
+    return [pytest.param(name, marks=[pytest.mark.long] if name in LONG else []) for name in names]
+
+
 # So that the search for what is to blame is a short one.
 FEW_SWITCHES: Json = {"gradient_clipping": 0.0, "weight_decay": 0.0, "use_flash_attention": False}
 BLAMED = "no gradient where recomputed"
@@ -76,12 +89,24 @@ def runs(shared_folder: Path, tiny_data: TinyData) -> dict[str, Run]:
     return runs | {"longer": Run(root / "first", longer)}
 
 
+def _verdicts(root: Path) -> dict[str, Any]:
+    faulty = {fault: _on(settings, root, fault=fault) for fault, (settings, _) in FAULTS.items()}
+    return faulty | {name: _on(settings, root) for name, settings in QUIET.items()}
+
+
+@pytest.fixture(scope="module")
+def verdicts(shared_folder: Path, launch: Launch) -> Callable[[str], Json]:
+    """The verdict of each, by name."""
+    root = shared_folder / "selftest_root_long"
+    rest = Launch(shared_folder / "selftest_long", 2, {n: c for n, c in _verdicts(root).items() if n in LONG})
+    return lambda name: (rest if name in LONG else launch)[name].value
+
+
 @pytest.fixture(scope="module")
 def launch(shared_folder: Path, runs: dict[str, Run]) -> Launch:
     """Both ranks: every fault, a spread of what is sound, and trainings."""
     root = shared_folder / "selftest_root"
-    work = {fault: _on(settings, root, fault=fault) for fault, (settings, _) in FAULTS.items()}
-    work |= {name: _on(settings, root) for name, settings in QUIET.items()}
+    work = {name: call for name, call in _verdicts(root).items() if name not in LONG}
     work[BLAMED] = _on(FEW_SWITCHES | {"activation_checkpointing": True}, root, fault=BLAMED, search=True)
     for name, run in runs.items():
         arguments = {"words": run.words(), "cache": str(root / "cache")}
@@ -92,9 +117,9 @@ def launch(shared_folder: Path, runs: dict[str, Run]) -> Launch:
     return Launch(shared_folder / "selftest", 2, work)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_names_each_fault_by_part_and_factor(launch: Launch, fault: str) -> None:
-    told = launch[fault].value
+@pytest.mark.parametrize("fault", spread(FAULTS))
+def test_names_each_fault_by_part_and_factor(verdicts: Callable[[str], Json], fault: str) -> None:
+    told = verdicts(fault)
     assert told["result"] == "failed"
     found = {(each["what"], each["part"]): each for each in told["failed"]}
     for what, part, factor in FAULTS[fault][1]:
@@ -105,9 +130,9 @@ def test_names_each_fault_by_part_and_factor(launch: Launch, fault: str) -> None
             assert each["factor"] == pytest.approx(factor, abs=2e-3)
 
 
-@pytest.mark.parametrize("name", QUIET)
-def test_is_quiet_on_sound_engines(launch: Launch, name: str) -> None:
-    _assert_quiet(launch[name].value)
+@pytest.mark.parametrize("name", spread(QUIET))
+def test_is_quiet_on_sound_engines(verdicts: Callable[[str], Json], name: str) -> None:
+    _assert_quiet(verdicts(name))
 
 
 def _assert_quiet(told: Json) -> None:

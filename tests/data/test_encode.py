@@ -366,7 +366,8 @@ def test_a_finished_data_set_with_a_damaged_shard_is_not_called_finished(tokeniz
         _quiet([source], tokenizer.path, out)
 
 
-@pytest.mark.parametrize("documents", [6, pytest.param(40, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("documents", [6, 40])
 def test_very_many_shards_do_not_take_time_that_grows_with_their_square(documents, tokenizer, tmp_path):
     source, out = _lines(tmp_path / "a.jsonl", [_prose(n, 2000) for n in range(documents)]), tmp_path / "out"
     manifest = _quiet([source], tokenizer.path, out, shard_tokens=3)
