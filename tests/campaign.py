@@ -93,9 +93,9 @@ MOVED = {"zero_stage": 3, "batch_size": 1}
 BEGUN_WITH = ["fp32_stage1", "bf16_stage1_own_files"]
 BEGUN = {"zero_stage": 3, "seed": 4711, "training_tokens": 6 * 256, "warmup_iterations": 2, **_ONE_CHECKPOINT}
 # On two ranks, where the state is spread, everything is made and resumed; on one the rest only where `long` asks.
-LONG = ["bf16_stage0", "bf16_stage2"]
+LONG = ["bf16_stage0", "bf16_stage2", "bf16_stage3"]
 RESUMED = {
-    1: ["fp32_stage0", "fp32_stage1", "bf16_stage1", "bf16_stage3", "dropout", "shuffled"],
+    1: ["fp32_stage0", "fp32_stage1", "bf16_stage1", "dropout", "shuffled"],
     2: [*EVERY_STAGE, *OWN_FILES, "dropout", "shuffled"],
 }
 RESUMED_LONG = [name for name in RESUMED[2] if name not in RESUMED[1] and name not in OWN_FILES]
