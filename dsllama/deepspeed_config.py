@@ -104,6 +104,8 @@ def deepspeed_config(config: TrainingConfig, derived: Derived, accelerator: str 
     if problems:
         raise UserError(problems, "the DeepSpeed configuration is wrong")
     complete = merge(merge(recommended, said(overlay)), bound)
+    if zero.offload_params == "nvme":
+        _provide_buffers(complete["zero_optimization"], config, derived)
     _pass_deepspeeds_own_check(complete, config, derived.world_size)
     return complete
 
@@ -116,6 +118,9 @@ def binding(config: TrainingConfig, derived: Derived, zero: ZeroSettings) -> Jso
             zero_json[name] = {"device": device}
             if device == "nvme":
                 zero_json[name]["nvme_path"] = zero.nvme_path
+    if zero.offload_params == "nvme":
+        # DeepSpeed loses track of its buffers where small parameters stay on the GPU.
+        zero_json["stage3_param_persistence_threshold"] = 0
     return {
         "train_batch_size": derived.sequences_per_update,
         "train_micro_batch_size_per_gpu": config.batch_size,
@@ -177,10 +182,8 @@ def _recommended(config: TrainingConfig, derived: Derived, zero: ZeroSettings, a
         if device != "none":
             zero_json[name] = {"pin_memory": accelerator != "cpu"}
     if zero.offload_params == "nvme":
-        # Each buffer takes any rank's part of the largest parameter. DeepSpeed's own default is too small for a 7B
-        # model, and takes 1 GB for the smallest.
-        part = -(-max(derived.vocab_size, derived.ffn_hidden) * config.n_embd // derived.world_size)
-        zero_json["offload_param"]["buffer_size"] = max(part, 2**20)
+        # Left alone, the first 1e9 parameters would stay in host memory.
+        zero_json["offload_param"]["max_in_cpu"] = 0
     return {
         # Left out, DeepSpeed sums gradients over the ranks in the model's type: each rounded to bf16, at every stage,
         # and at ZeRO-1 on a single rank too, whatever type they were accumulated in.
@@ -193,6 +196,30 @@ def _recommended(config: TrainingConfig, derived: Derived, zero: ZeroSettings, a
         "comet": {"enabled": False},
         "zero_optimization": zero_json,
     }
+
+
+def _provide_buffers(zero: Json, config: TrainingConfig, derived: Derived) -> None:
+    """Host memory through which parameters pass from NVMe, where an overlay does not say it: a buffer for each matrix
+    that may be whole at once, of the size of a rank's part of the largest. DeepSpeed's own five are too few for any
+    model and too small for one of 7B, and a run that has not enough ends in its first update."""
+    width, kv_width = config.n_embd, (config.n_kv_heads or config.n_heads) * derived.head_size
+    block = [width * width, width * kv_width, width * kv_width, width * width, *[width * derived.ffn_hidden] * 3]
+    table = derived.vocab_size * width
+    matrices = [table, *block * config.n_layers, table]
+    # What is needed again soon stays beyond the limit.
+    live = max(zero.get(f"stage3_max_{name}", 1e9) for name in ("live_parameters", "reuse_distance"))
+    room = live + zero.get("stage3_prefetch_bucket_size", 5e7)
+    # The longest row of them, in the order of their use, that fits there; and those of one block in work at least.
+    most, first, held = len(block), 0, 0
+    for last, size in enumerate(matrices):
+        held += size
+        while held > room:
+            held -= matrices[first]
+            first += 1
+        most = max(most, last - first + 1)
+    section = zero["offload_param"]
+    section.setdefault("buffer_size", max(-(-max([*block, table]) // derived.world_size), 2**20))
+    section.setdefault("buffer_count", min(most + 2, len(matrices)))
 
 
 def _impossible(zero: ZeroSettings, precision: str) -> list[Problem]:
@@ -263,6 +290,8 @@ def _origin(path: tuple[str, ...]) -> str:
     zero = {"offload_optimizer": "offload_optimizer", "offload_param": "offload_params", "stage": "zero_stage"}
     if path[-1] == "nvme_path":
         return "nvme_path"
+    if path[-1] == "stage3_param_persistence_threshold":
+        return "offload_params nvme, where DeepSpeed loses track of parameters that stay"
     return zero[path[1]] if path[0] == "zero_optimization" else _ORIGINS[path[0]]
 
 

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +60,7 @@ def needs(config: TrainingConfig, derived: Derived, ds_config: Json) -> Needs:
     # fp32 masters and two moments.
     found[states] += 12 * parameters * share
     largest = max(derived.vocab_size, derived.ffn_hidden) * config.n_embd
-    bucket = min(zero["reduce_bucket_size"], parameters)
+    bucket = zero["reduce_bucket_size"]
     if stage < 3:
         found["none"] += 4 * parameters * (share if stage == 2 else 1)  # fp32 sums of gradients
         found["none"] += low * (parameters if stage < 2 else 2 * bucket)
@@ -73,7 +75,7 @@ def needs(config: TrainingConfig, derived: Derived, ds_config: Json) -> Needs:
         live = min(
             zero.get("stage3_max_live_parameters", 1e9) + zero.get("stage3_prefetch_bucket_size", 5e7), parameters
         )
-        found["none"] += low * (live + bucket) + 4 * largest
+        found["none"] += low * live + 4 * (bucket + largest)  # it sums gradients over the ranks in fp32
         if states == "nvme":
             found["cpu"] += 4 * zero["offload_optimizer"].get("buffer_count", 4) * max(group, largest * share)
         if weights == "nvme":
@@ -164,7 +166,7 @@ def _apart(settings: Json, updates: int, device_memory: float | None) -> Json:
 def _report(told: list[Json]) -> list[str]:
     """The table, with what it needs to be read."""
     on_cpu = any(each.get("device") == "cpu" for each in told)
-    head = ["memory", "formula"] if on_cpu else ["GPU", "formula", "host", "formula"]
+    head = ["process", "tensors", "formula"] if on_cpu else ["GPU", "formula", "host", "formula"]
     rows = [
         ["recipe", *head, "NVMe an update", "tokens/s", "update", *(part.replace("_", " ") for part in PARTS), "fits"]
     ]
@@ -172,7 +174,7 @@ def _report(told: list[Json]) -> list[str]:
         if "error" in each:
             continue
         need, got = each["needs"], each["memory"]
-        memory = [got["host"], need["device"] + need["host"]] if on_cpu else [
+        memory = [got["host"], _together(got), _together(need)] if on_cpu else [
             got["device"], need["device"], got["host"], need["host"],
         ]  # fmt: skip
         parts = [f"{100 * each['parts'][part] / each['seconds']:.0f} %" for part in PARTS]
@@ -185,10 +187,11 @@ def _report(told: list[Json]) -> list[str]:
     lines += [f"{each['recipe']}: {each['error']}" for each in told if "error" in each]
     lines += ["", "fits: the largest textbook-shaped model by the formula, with this batch, and what ends it"]
     if on_cpu:
-        lines.append(
-            "memory: on a CPU the device's is the process's own, so both are one figure, without its programs;"
-        )
-        lines.append("copies: on a CPU those between tensors, conversions among them")
+        lines += [
+            "memory: on a CPU the device's is the process's own, so GPU and host are one figure: the process's peak,",
+            "  without its programs, and the tensors in it (the rest: scratch space, and free pieces between tensors)",
+            "copies: on a CPU those between tensors, conversions among them",
+        ]
     return lines
 
 
@@ -209,15 +212,23 @@ def _draw(told: list[Json], file: Path) -> None:
     ):
         places = [position + 0.2 - 0.4 * number for position in range(len(told))]
         device = [0.0 if on_cpu else get(each)["device"] / 1e9 for each in told]
-        host = [(get(each)["host"] + (get(each)["device"] if on_cpu else 0)) / 1e9 for each in told]
-        memory_axes.barh(places, device, 0.4, color="C0", alpha=1 - 0.5 * number, label=f"GPU, {what}")
-        memory_axes.barh(places, host, 0.4, left=device, color="C1", alpha=1 - 0.5 * number, label=f"host, {what}")
+        host = [_together(get(each)) / 1e9 if on_cpu else get(each)["host"] / 1e9 for each in told]
+        shade: Json = {"height": 0.4, "alpha": 1 - 0.5 * number}
+        if not on_cpu:
+            memory_axes.barh(places, device, color="C0", label=f"GPU, {what}", **shade)
+        whose = "tensors" if on_cpu else "host"
+        memory_axes.barh(places, host, left=device, color="C1", label=f"{whose}, {what}", **shade)
     time_axes.set_xlabel("seconds of an update")
     memory_axes.set_xlabel("GB")
     time_axes.invert_yaxis()
     for axes in (time_axes, memory_axes):
         axes.legend()
     figure.savefig(file)
+
+
+def _together(memory: Json) -> float:
+    """On a CPU, of what was measured or by formula."""
+    return float(memory["tensors"] if "tensors" in memory else memory["device"] + memory["host"])
 
 
 # ---------------------------------------------------------------- one recipe, in a process of its own
@@ -280,7 +291,7 @@ def measure(config: TrainingConfig, updates: int, device_memory: float | None) -
             "device": torch.cuda.max_memory_reserved(world.device) if on_gpu else 0,
             "host": peak_memory_gib(torch.device("cpu")) * 2**30 - programs,
         }
-        copies = clock.copies(lambda: deepspeed_engine.update(engine, lambda: batch, made))
+        copies, memory["tensors"] = clock.profiled(lambda: deepspeed_engine.update(engine, lambda: batch, made))
     average = {part: sum(each[part] for each in took) / len(took) for part in took[0]}
     seconds = average["seconds"]
     copied = min(copies * seconds, seconds - average["cpu_adam"] - average["nvme"])
@@ -370,16 +381,20 @@ class _Clock:
         finally:
             DeepSpeedCPUAdam.step = step
 
-    def copies(self, work: Callable[[], Any]) -> float:
-        """The part of the time of `work` that copies between GPU and host take, or on a CPU between tensors.
+    def profiled(self, work: Callable[[], Any]) -> tuple[float, int]:
+        """The part of the time of `work` that copies between GPU and host take, or on a CPU between tensors; and on a
+        CPU the bytes of all tensors at their most.
 
-        On a GPU they run beside computation, as far as that goes.
+        On a GPU copies run beside computation, as far as that goes.
         """
         from torch.profiler import ProfilerActivity, profile
 
         on_gpu = self.device.type == "cuda"
+        tensors = 0 if on_gpu else _bytes_of_tensors()
         began = self.now()
-        with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]) as profiler:
+        with profile(
+            activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu], profile_memory=not on_gpu
+        ) as profiler:
             work()
             took = self.since(began)["seconds"]
         if on_gpu:
@@ -390,7 +405,23 @@ class _Clock:
             ]
         else:
             copied = [e.self_cpu_time_total for e in profiler.key_averages() if e.key == "aten::copy_"]
-        return float(sum(copied)) / 1e6 / took
+            # What is taken and given back, in the order of time.
+            events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+            events.sort(key=lambda e: e.start_ns())
+            tensors += max(accumulate((e.nbytes() for e in events), initial=0))
+        return float(sum(copied)) / 1e6 / took, tensors
+
+
+def _bytes_of_tensors() -> int:
+    """Of all that Python knows of, each storage once."""
+    import torch
+
+    gc.collect()
+    storages = {}
+    for each in gc.get_objects():
+        if issubclass(type(each), torch.Tensor):
+            storages[each.untyped_storage().data_ptr()] = each.untyped_storage().nbytes()
+    return sum(storages.values())
 
 
 def _in_a_line(error: UserError) -> str:
