@@ -119,8 +119,8 @@ def binding(config: TrainingConfig, derived: Derived, zero: ZeroSettings) -> Jso
             if device == "nvme":
                 zero_json[name]["nvme_path"] = zero.nvme_path
     if zero.offload_params == "nvme":
-        # DeepSpeed loses track of its buffers where small parameters stay on the GPU.
-        zero_json["stage3_param_persistence_threshold"] = 0
+        # DeepSpeed, reading ahead from NVMe, asks for the same parameter twice, and for the last free buffer.
+        zero_json["stage3_prefetch_bucket_size"] = 0
     return {
         "train_batch_size": derived.sequences_per_update,
         "train_micro_batch_size_per_gpu": config.batch_size,
@@ -207,8 +207,7 @@ def _provide_buffers(zero: Json, config: TrainingConfig, derived: Derived) -> No
     table = derived.vocab_size * width
     matrices = [table, *block * config.n_layers, table]
     # What is needed again soon stays beyond the limit.
-    live = max(zero.get(f"stage3_max_{name}", 1e9) for name in ("live_parameters", "reuse_distance"))
-    room = live + zero.get("stage3_prefetch_bucket_size", 5e7)
+    room = max(zero.get(f"stage3_max_{name}", 1e9) for name in ("live_parameters", "reuse_distance"))
     # The longest row of them, in the order of their use, that fits there; and those of one block in work at least.
     most, first, held = len(block), 0, 0
     for last, size in enumerate(matrices):
@@ -290,8 +289,8 @@ def _origin(path: tuple[str, ...]) -> str:
     zero = {"offload_optimizer": "offload_optimizer", "offload_param": "offload_params", "stage": "zero_stage"}
     if path[-1] == "nvme_path":
         return "nvme_path"
-    if path[-1] == "stage3_param_persistence_threshold":
-        return "offload_params nvme, where DeepSpeed loses track of parameters that stay"
+    if path[-1] == "stage3_prefetch_bucket_size":
+        return "offload_params nvme, from where DeepSpeed reads ahead wrongly"
     return zero[path[1]] if path[0] == "zero_optimization" else _ORIGINS[path[0]]
 
 

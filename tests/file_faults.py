@@ -26,7 +26,7 @@ FILES = [
     *(f"{kind}_{rank:05d}.safetensors" for kind in ("weights", "optimizer") for rank in (0, 1)),
 ]  # fmt: skip
 DAMAGES = [
-    "gone", "empty", "half", "a byte short", "a byte more", *(f"bit {number}" for number in range(5)), "page of zeros",
+    "gone", "empty", "half", "a byte short", "a byte more", *(f"bit {number}" for number in range(3)), "page of zeros",
     "unreadable", "a folder",
 ]  # fmt: skip
 

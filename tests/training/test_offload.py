@@ -57,12 +57,13 @@ class Wide:
             "max_lr": 5e-4, "min_lr": 1e-4,  # at a large rate two stages without offload differ by 2e-3 in bf16
         }  # fmt: skip
         overlay = json.loads((ROOT / "ds_configs/zero3_nvme_all.json").read_text())
-        names = ("max_live_parameters", "max_reuse_distance", "prefetch_bucket_size")
+        names = ("max_live_parameters", "max_reuse_distance")
         overlay["zero_optimization"] |= {f"stage3_{name}": 2_000_000 for name in names}
         (root / "tight.json").write_text(json.dumps(overlay))
         for ranks in (1, 2):
             settings = {f"none{stage}": {"zero_stage": stage} for stage in (2, 3)}
             settings |= {name: {"deepspeed_overlay": f"ds_configs/{name}.json"} for name in OFFLOADS}
+            settings |= {TIGHT: {"deepspeed_overlay": str(root / "tight.json")}}
             whole = self._launch(root / f"whole_{ranks}", common, ranks, settings)
             sources = {f"{name} after {before}": (name, before) for name, before in switches(OFFLOADS)}
             sources |= {f"{name} after {name}": (name, name) for name in [*OFFLOADS, TIGHT]}
