@@ -59,6 +59,7 @@ def needs(config: TrainingConfig, derived: Derived, ds_config: Json) -> Needs:
     found[weights] += low * parameters * (share if stage == 3 else 1)
     # fp32 masters and two moments.
     found[states] += 12 * parameters * share
+    found["nvme"] += 4 * parameters * share if states == "nvme" else 0  # and gradients, on their way to them
     largest = max(derived.vocab_size, derived.ffn_hidden) * config.n_embd
     bucket = zero["reduce_bucket_size"]
     if stage < 3:

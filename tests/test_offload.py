@@ -63,7 +63,7 @@ def test_offload_moves_bytes_of_a_parameter_from_device_to_host_to_nvme(tmp_path
     assert (plain.device - states.device) / parameters == pytest.approx(20)
     assert (states.device - both.device) / parameters == pytest.approx(2)
     assert both.host / parameters == pytest.approx(22)
-    assert swapped.nvme / parameters == pytest.approx(12) and both.nvme == 0
+    assert swapped.nvme / parameters == pytest.approx(16) and both.nvme == 0
 
 
 @starts_processes

@@ -29,8 +29,9 @@ from dsllama.training.engine import World
 
 Json = dict[str, Any]
 _PREFIX, _LOCK = "dsllama-swap-", ".lock"
-# Bytes for each parameter of this host's ranks, measured: fp32 weights and two moments; low-precision weights.
-_BYTES = {"offload_optimizer": 12, "offload_param": 2}
+# Bytes for each parameter of this host's ranks, measured: fp32 weights, two moments and gradients;
+# low-precision weights.
+_BYTES = {"offload_optimizer": 16, "offload_param": 2}
 # Linux's only; DeepSpeed reads and writes past the page cache.
 _DIRECT = getattr(os, "O_DIRECT", 0)
 _IN_MEMORY = ("tmpfs", "ramfs")

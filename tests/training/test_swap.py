@@ -34,8 +34,8 @@ def test_space_and_permission_are_looked_at_before_the_start(tmp_path: Path) -> 
 
     assert problems(tmp_path / "new", 10**6) == []
     assert not list((tmp_path / "new").iterdir())
-    (told,) = problems(tmp_path, 10**15)  # 12 bytes each, half of them here
-    assert f"{tmp_path} has " in told and "and this run swaps 6" in told
+    (told,) = problems(tmp_path, 10**15)  # 16 bytes each, half of them here
+    assert f"{tmp_path} has " in told and "and this run swaps 8" in told
     (tmp_path / "file").touch()
     (told,) = problems(tmp_path / "file", 1)
     assert "cannot be written to on" in told
