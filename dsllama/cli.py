@@ -280,7 +280,7 @@ def _words_for(told: dict[str, Any], read: bool) -> list[str]:
 
     name = Path(told["path"]).name
     if "tokens" not in told:
-        return [name, "", "", "", "", "", "damaged: " + "; ".join(told["problems"])]
+        return [name, "", "", "", "", "", "", "damaged: " + "; ".join(told["problems"])]
     losses = [f"loss {told['loss']:.4f}"] if told["loss"] is not None else []
     losses += [f"val {told['validation_loss']:.4f}"] if told["validation_loss"] is not None else []
     whole = {"weights": "weights only", "deepspeed": "whole, DeepSpeed's own files"}.get(told["state"], "whole")
@@ -291,6 +291,7 @@ def _words_for(told: dict[str, Any], read: bool) -> list[str]:
         f"{readable_duration(told['age_seconds'])} ago" if told["age_seconds"] is not None else "",
         topology(told["topology"]),
         readable_bytes(told["bytes"]),
+        ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in told["health"].items() if count),
         "damaged: " + "; ".join(told["problems"]) if told["problems"] else whole + (", all of it read" if read else ""),
     ]
 

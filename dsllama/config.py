@@ -48,6 +48,10 @@ def _parse_switch(value: Any) -> Any:
     return {"true": "auto", "on": "auto", "false": "off"}.get(word, word) if isinstance(word, str) else word
 
 
+def _parse_off(value: Any) -> Any:
+    return "off" if value is False else _in_small_letters(value)  # YAML's off
+
+
 _Word = BeforeValidator(_in_small_letters)
 Device = Annotated[Literal["none", "cpu", "nvme"], _Word]
 
@@ -128,8 +132,24 @@ class TrainingConfig(BaseModel):
     """Largest global gradient norm; 0 for no clipping."""
 
     max_skipped_updates: Positive = 3
-    """Updates in a row that are skipped because their gradients are not finite until the run stops. Not counted while
-    fp16 searches for its loss scale; fp32 at stage 0 stops at the first."""
+    """Updates in a row that are skipped, or rollbacks to the same checkpoint, until the run stops. Not counted while
+    fp16 searches for its loss scale."""
+
+    # --- Health: an update that goes wrong is made again first; where it is right then, the hardware is suspected ---
+    on_nonfinite_gradients: Literal["skip", "stop", "roll_back"] = "skip"
+    """What becomes of an update whose gradients are not finite. roll_back: go back to the last checkpoint, and leave
+    out its samples from then on."""
+    on_nonfinite_loss: Literal["skip", "stop", "roll_back"] = "stop"
+    """What becomes of an update whose loss is not finite."""
+    on_loss_spike: Annotated[Literal["off", "warn", "skip", "stop", "roll_back"], BeforeValidator(_parse_off)] = "off"
+    """What becomes of an update whose loss is far above those before it; off: they are not looked at."""
+    loss_spike_score: Annotated[Number, Field(gt=0)] = 8.0
+    """How far: robust standard deviations (1.4826 x the median distance) above the median of the window."""
+    loss_spike_window: Annotated[Positive, Field(ge=4)] = 128
+    """Updates before it whose losses it is compared with (16 are needed)."""
+    check_replicas_interval: Positive | None = None
+    """Updates between two comparisons of the weights' bits over the ranks (zero_stage 0 to 2); a difference stops the
+    run and names the rank. null: none."""
 
     # --- Length of the run, evaluation, checkpoints ---
     training_tokens: Positive = 45_000_000_000

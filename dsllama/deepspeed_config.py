@@ -95,7 +95,7 @@ def deepspeed_config(config: TrainingConfig, derived: Derived, accelerator: str 
     overlay = read_overlay(config)
     problems = list(unsound(overlay, config.deepspeed_overlay or ""))
     zero = zero_settings(config, overlay)
-    problems += _impossible(zero, config.precision)
+    problems += _impossible(zero, config)
     bound = binding(config, derived, zero)
     asked = merge(bound, {"zero_optimization": {"stage": zero.asked_stage}})
     bound = merge(bound, _FIXED)
@@ -221,7 +221,7 @@ def _provide_buffers(zero: Json, config: TrainingConfig, derived: Derived) -> No
     section.setdefault("buffer_count", min(most + 2, len(matrices)))
 
 
-def _impossible(zero: ZeroSettings, precision: str) -> list[Problem]:
+def _impossible(zero: ZeroSettings, config: TrainingConfig) -> list[Problem]:
     """Combinations that only show once configuration and overlay are put together."""
     problems = []
     asked, device, params = zero.asked_stage, zero.offload_optimizer, zero.offload_params
@@ -234,7 +234,11 @@ def _impossible(zero: ZeroSettings, precision: str) -> list[Problem]:
         problems.append(Problem("offload_optimizer", "needs zero_stage 1 or more", "use --zero_stage 1", device))
     elif device == "nvme" and asked != 3:
         problems.append(Problem("offload_optimizer", f"to nvme {needed}", remedy, device))
-    if params == "nvme" and precision == "fp32":
+    if zero.stage == 3 and config.check_replicas_interval:
+        rule = "needs zero_stage 0 to 2: at 3 no two ranks hold the same weights"
+        value = config.check_replicas_interval
+        problems.append(Problem("check_replicas_interval", rule, "leave it out", value))
+    if params == "nvme" and config.precision == "fp32":
         rule = "to nvme stores them as bf16, without a word, where precision is fp32"
         problems.append(Problem("offload_params", rule, "use --precision bf16, or --offload_params cpu", params))
     if "nvme" in (device, params) and not zero.nvme_path:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import resource
+import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +23,9 @@ from dsllama.config import TrainingConfig
 from dsllama.model import LLaMaTransformer
 from dsllama.training import engine as deepspeed_engine
 from dsllama.training import swap
+from dsllama.training.health import SKIPPED_SAMPLES
 from dsllama.training.run import main as train
+from dsllama.training.trainer import Trainer
 from tests import exactness
 from tests.exactness import MOMENTS, State
 
@@ -179,33 +184,72 @@ def train_without_tokenizer(words: list[str], tokenizer: str) -> int:
 
 def train_with_nan(words: list[str], updates: list[int], fp16: bool = False) -> int:
     """A training whose gradients are NaN in these updates, with a loss that is finite: its exit code."""
-    with _nan_gradients(words, set(updates)), fp16_on_cpu(fp16):
+    with planted(lambda trainer, _: "gradients" if trainer.update in updates else ""), fp16_on_cpu(fp16):
         return train(words)
 
 
+def train_with_trouble(words: list[str], plan: dict[str, list[str]]) -> int:
+    """A training in which updates that begin with some samples go wrong: its exit code. plan: first sample -> what is
+    wrong with each attempt at it, as `planted` knows it; on rank 1 only behind @1; for good behind a star."""
+    rank = deepspeed_engine.world_from_environment()[0]
+
+    def kind(trainer: Trainer, attempt: int) -> str:
+        kinds = plan.get(str(trainer.loader.consumed_samples), [""])
+        found = kinds[min(attempt, len(kinds)) - 1]
+        if attempt > len(kinds) and not found.endswith("*"):
+            return ""
+        found, _, where = found.removesuffix("*").partition("@")
+        return found if not where or int(where) == rank else ""
+
+    with planted(kind):
+        return train(words)
+
+
+def go_on_with_notes(words: list[str], source: str, target: str) -> int:
+    """A training in a folder of checkpoints that has the notes on samples left out from another one: its exit code."""
+    if deepspeed_engine.world_from_environment()[0] == 0:
+        Path(target).mkdir(parents=True)
+        shutil.copy(Path(source) / SKIPPED_SAMPLES, target)
+    dist.barrier()
+    return train(words)
+
+
 @contextmanager
-def _nan_gradients(words: list[str], updates: set[int]) -> Iterator[None]:
-    forward, calls = LLaMaTransformer.forward, 0
-    ranks = int(deepspeed_engine.world_from_environment()[1])
-    given = {words[i].removeprefix("--"): words[i + 1] for i in range(len(words) - 1)}
-    sequences = int(given["tokens_per_update"]) // int(given["max_seq_len"])
-    micro_steps = sequences // int(given["batch_size"]) // ranks
+def planted(kind: Callable[[Trainer, int], str]) -> Iterator[None]:
+    """Trainings within have something wrong. kind: of an attempt at an update, by its number with these samples:
+    "nan", "inf" or "spike" (100 more) of the loss, "gradients" (NaN, with a loss that is finite), "bit" (one of a
+    weight is another when replicas are compared)."""
+    forward, attempt, compare = LLaMaTransformer.forward, Trainer._attempt, Trainer._compare_replicas
+    wrong, attempts = "", Counter[int]()
 
-    def planted(self: Any, tokens: Any, targets: Any = None, **more: Any) -> Any:
-        nonlocal calls
+    def noting(self: Trainer, *arguments: Any, **options: Any) -> Any:
+        nonlocal wrong
+        self._pass_skipped_samples()
+        attempts[self.loader.consumed_samples] += 1
+        wrong = kind(self, attempts[self.loader.consumed_samples])
+        return attempt(self, *arguments, **options)
+
+    def with_trouble(self: Any, tokens: Any, targets: Any = None, **more: Any) -> Any:
         out = forward(self, tokens, targets, **more)
-        if targets is not None and self.training:
-            calls += 1
-            if -(-calls // micro_steps) in updates:
-                # 0 forward; backward, the root's infinite slope times zero is NaN.
-                out = out + (out * 0).sqrt() * 0
-        return out
+        if targets is None or not self.training or not wrong:
+            return out
+        # 0 forward; backward, the root's infinite slope times zero is NaN.
+        gradients = (out * 0).sqrt() * 0
+        more_loss = {"nan": out * math.nan, "inf": out * math.inf, "spike": 100.0, "gradients": gradients}
+        return out + more_loss.get(wrong, 0.0)
 
-    LLaMaTransformer.forward = planted  # type: ignore[method-assign, assignment]
+    def flipping(self: Trainer) -> None:
+        if wrong == "bit":
+            next(self.engine.module.parameters()).data.view(torch.int32)[0, 0] ^= 1
+        compare(self)
+
+    LLaMaTransformer.forward = with_trouble  # type: ignore[method-assign, assignment]
+    Trainer._attempt, Trainer._compare_replicas = noting, flipping  # type: ignore[method-assign]
     try:
         yield
     finally:
         LLaMaTransformer.forward = forward  # type: ignore[method-assign]
+        Trainer._attempt, Trainer._compare_replicas = attempt, compare  # type: ignore[method-assign]
 
 
 @contextmanager

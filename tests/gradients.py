@@ -37,6 +37,43 @@ NAN: dict[str, tuple[int, dict[str, Any], list[int]]] = {
     # It skips until its scale is small enough: more than three times in a row, and that is right.
     "fp16_search": (1, {"zero_stage": 0, "precision": "fp16", "deepspeed_overlay": {"initial_scale_power": 28}}, []),
 }
+# Trainings that have trouble with some samples, by name: ranks, settings, and the plan of `train_with_trouble`. Eight
+# samples are an update's.
+_BACK = {"token_ckpt": 2 * 256, "training_tokens": 12 * 256}
+_SPIKES = {"loss_spike_window": 4, "training_tokens": 12 * 256, "token_ckpt": "1G"}
+TROUBLE: dict[str, tuple[int, dict[str, Any], dict[str, list[str]]]] = {
+    "heals": (2, {"zero_stage": 1, "token_ckpt": "1G"}, {"40": ["nan@1"], "72": ["gradients"]}),
+    "heals_with_dropout": (1, {"zero_stage": 2, "dropout": 0.2}, {"40": ["nan"]}),
+    "skips_the_loss": (1, {"zero_stage": 0, "on_nonfinite_loss": "skip", "token_ckpt": "1G"}, {"40": ["inf*"]}),
+    "stops_at_the_loss": (1, {"zero_stage": 3, "token_ckpt": 256}, {"40": ["nan*"]}),
+    "stops_at_gradients": (1, {"zero_stage": 1, "on_nonfinite_gradients": "stop"}, {"40": ["gradients*"]}),
+    "rolls_back": (2, {"zero_stage": 1, "on_nonfinite_loss": "roll_back", **_BACK}, {"40": ["nan*"], "72": ["inf*"]}),
+    "rolls_back_own_files": (
+        1,
+        {
+            **{"zero_stage": 3, "on_nonfinite_gradients": "roll_back", "checkpoint_format": "deepspeed"},
+            **_BACK,
+        },
+        {"40": ["gradients*"]},
+    ),
+    "rolls_back_for_ever": (
+        1,
+        {"zero_stage": 2, "on_nonfinite_loss": "roll_back", "training_tokens": 12 * 256, "token_ckpt": 4 * 256},
+        {str(first): ["nan*"] for first in range(40, 400, 8)},
+    ),
+    "spike_warned": (1, {"zero_stage": 2, "on_loss_spike": "warn", **_SPIKES}, {"64": ["spike*"]}),
+    "spike_healed": (1, {"zero_stage": 1, "on_loss_spike": "stop", **_SPIKES}, {"64": ["spike"]}),
+    "spike_skipped": (2, {"zero_stage": 3, "on_loss_spike": "skip", **_SPIKES}, {"64": ["spike*"]}),
+    "spike_skipped_plain": (1, {"zero_stage": 0, "on_loss_spike": "skip", **_SPIKES}, {"64": ["spike*"]}),
+    "spike_stopped": (1, {"zero_stage": 1, "on_loss_spike": "stop", **_SPIKES}, {"64": ["spike*"]}),
+    "spike_rolled_back": (
+        1,
+        {"zero_stage": 2, "on_loss_spike": "roll_back", **_SPIKES, "token_ckpt": 3 * 256},
+        {"64": ["spike*"]},
+    ),
+    "replicas": (2, {"zero_stage": 0, "check_replicas_interval": 3, "token_ckpt": 256}, {"40": ["bit@1"]}),
+    "same_replicas": (2, {"zero_stage": 2, "check_replicas_interval": 1, "precision": "bf16", **_SPIKES}, {}),
+}
 EXACT = {
     f"exact_{precision}_stage{stage}": {"precision": precision, "zero_stage": stage, "gradient_clipping": clipping}
     for precision, clipping in (("fp32", 0.0), ("bf16", exactness.CLIPPING))
@@ -59,6 +96,16 @@ def work(folder: Path, data: TinyData, ranks: int) -> tuple[dict[str, Call], dic
             runs[name] = Run(folder / name, {**data.settings, **settings})
             arguments = {"words": runs[name].words(), "updates": updates, "fp16": fp16}
             calls[name] = Call(f"{tasks}:train_with_nan", arguments)
+    for name, (trouble_ranks, settings, plan) in TROUBLE.items():
+        if trouble_ranks == ranks:
+            runs[name] = Run(folder / name, {**data.settings, **settings})
+            calls[name] = Call(f"{tasks}:train_with_trouble", {"words": runs[name].words(), "plan": plan})
+    if ranks == 2:
+        before = runs["rolls_back"]  # of before its rollbacks, in a folder of its own with the notes of them
+        settings = {**before.settings, "load_ckpt": before.checkpoint(2)}
+        again = runs["rolled_back_again"] = Run(folder / "rolled_back_again", settings)
+        places = {"source": str(before.folder / "checkpoints"), "target": str(again.folder / "checkpoints")}
+        calls["rolled_back_again"] = Call(f"{tasks}:go_on_with_notes", {"words": again.words(), **places})
     if ranks == 1:
         more = {**runs["nan_at_the_end"].settings, "load_ckpt": "auto", "training_tokens": 20 * 256}
         going_on = Run(folder / "nan_at_the_end", more)

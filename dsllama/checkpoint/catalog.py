@@ -126,8 +126,21 @@ def summary(path: Path, read: bool = False) -> dict[str, Any]:
         "age_seconds": found.age,
         "topology": found.manifest["parallel_layout"],
         "state": found.manifest["state"],
+        "health": _health(found.manifest),
         "bytes": found.bytes,
         "problems": list(found.damages()) if read else [],
+    }
+
+
+def _health(manifest: dict[str, Any]) -> dict[str, int]:
+    """What had gone wrong in the run so far, counted."""
+    kept = manifest.get("health", {})
+    left_out = sum(last - first for first, last in kept.get("skipped_samples", ()))
+    counted = {name: kept.get(name, 0) for name in ("rollbacks", "suspicions")}
+    return {
+        "skipped_updates": manifest.get("engine", {}).get("skipped_steps", 0),
+        **counted,
+        "samples_left_out": left_out,
     }
 
 

@@ -155,6 +155,11 @@ class DatasetLoader(AbstractContextManager["DatasetLoader", None]):
         """The position, and what it is a position in; plain values. Batches that were only read ahead do not count."""
         return {"consumed_samples": self.consumed_samples, **self._identity}
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a position is a position in."""
+        return self._identity
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved position; the number of ranks, the micro-batch and the folder may be others now.
 

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import importlib.util
 import logging
+import math
 import os
 import shutil
 import socket
@@ -245,6 +246,11 @@ class Skips:
     searches: bool = False
     at_its_end: bool = False
 
+    @property
+    def is_searching(self) -> bool:
+        """Whether an update that is skipped now is part of the search, and no trouble."""
+        return self.searches and not self.at_its_end
+
 
 def skips(engine: Any) -> Skips:
     """What the engine has skipped so far, over all runs."""
@@ -280,24 +286,62 @@ def update(
     get_batch: Callable[[], tuple[Tensor, Tensor]],
     micro_steps: int,
     after_the_first: Callable[[], None] = lambda: None,
+    leave_out: Callable[[Tensor], bool] | None = None,
 ) -> tuple[Tensor, float | None]:
     """One optimizer update: (this rank's sum of losses and number of targets that counted, both fp64; the gradients'
-    norm before clipping). after_the_first: called when a micro-step has been made."""
+    norm before clipping). after_the_first: called when a micro-step has been made. leave_out: asked before the last
+    backward pass, with those sums, whether the weights shall stay as they are; the same on all ranks."""
     sums, norm = torch.zeros(2, dtype=torch.float64, device=engine.device), None
     # DeepSpeed reports no norm for fp32 at stage 0; there it is taken from the gradients themselves.
     is_plain = isinstance(engine.optimizer, torch.optim.Optimizer)
     for micro_step in range(1, micro_steps + 1):
         x, y = get_batch()
         loss = engine(x, y)
-        engine.backward(loss)
         sums[0] += loss.detach()
         sums[1] += (y != IGNORE_INDEX).sum()
-        if is_plain and micro_step == micro_steps:
+        is_last = micro_step == micro_steps
+        if is_last and leave_out is not None and leave_out(sums):
+            loss = loss * math.nan  # gradients that are not finite are what the engine leaves out
+        engine.backward(loss)
+        if is_plain and is_last:
             norm = plain_gradient_norm(engine)
-        step(engine)
+        with _leaving_the_weights(engine) if not math.isfinite(norm or 0.0) else contextlib.nullcontext():
+            step(engine)
         if micro_step == 1:
             after_the_first()
     return sums, norm if is_plain else gradient_norm(engine)
+
+
+@contextlib.contextmanager
+def _leaving_the_weights(engine: Any) -> Iterator[None]:
+    """Skip an update as ZeRO's optimizers do it by themselves: torch's would apply gradients that are not finite."""
+    engine.module.zero_grad(set_to_none=False)  # the engine still clips them
+    step, engine.optimizer.step = engine.optimizer.step, lambda *_, **__: None
+    try:
+        yield
+    finally:
+        engine.optimizer.step = step
+    engine.skipped_steps += 1
+
+
+_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+
+
+def bookmark(engine: Any) -> dict[str, Any]:
+    """What an update that is left out changes in an engine: its counters, and in fp16 the loss scale."""
+    scaler = _loss_scaler(engine)
+    return {
+        **{name: getattr(engine, name) for name in _COUNTERS},
+        "scaler": {name: getattr(scaler, name) for name in SCALER_STATE if hasattr(scaler, name)},
+    }
+
+
+def go_back(engine: Any, found: dict[str, Any]) -> None:
+    """As if an update that was left out had not been tried: the engine as `bookmark` found it, or some of that."""
+    for name in found.keys() - {"scaler"}:
+        setattr(engine, name, found[name])
+    for name, value in found["scaler"].items():
+        setattr(_loss_scaler(engine), name, value)
 
 
 def step(engine: Any) -> None:

@@ -46,6 +46,9 @@ class Row:
     save_stall: float | None = None
     save_seconds: float | None = None
     save_mb_per_second: float | None = None
+    # Of the whole run: rollbacks to a checkpoint, and updates that came out otherwise when they were made again.
+    rollbacks: int = 0
+    suspicions: int = 0
 
     def line(self, updates: int, eta_seconds: float) -> str:
         """The row as the console shows it."""
@@ -62,7 +65,8 @@ class Row:
         parts += [f"mfu {self.mfu:.1%}"] if self.mfu is not None else []
         parts += [f"{self.memory_gib:.1f} GiB"] if self.memory_gib is not None else []
         parts += [f"val {self.validation_loss:.4f}"] if self.validation_loss is not None else []
-        parts += [f"skipped {self.skipped_updates}"] if self.skipped_updates else []
+        counted = {"skipped": self.skipped_updates, "rollbacks": self.rollbacks, "suspicions": self.suspicions}
+        parts += [f"{what} {count}" for what, count in counted.items() if count]
         return " | ".join([*parts, f"eta {readable_duration(eta_seconds)}"])
 
 

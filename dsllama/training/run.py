@@ -150,12 +150,15 @@ def _as_the_first_rank(job: Job, world: World) -> Job:
 
 def _make_notes(job: Job) -> None:
     """Clear up in ckpt_dir and note what is started. Raises UserError."""
+    from dsllama.training.health import SKIPPED_SAMPLES
     from dsllama.training.trainer import run_files
 
     ckpt_dir = Path(job.config.ckpt_dir)
     for left in tidy(ckpt_dir, logger.warning):
         print(f"removed      {left}, which a save or a removal that was cut short had left", flush=True)
     try:
+        if job.resume_from is None:
+            (ckpt_dir / SKIPPED_SAMPLES).unlink(missing_ok=True)  # of a run whose checkpoints are gone
         note_start(ckpt_dir, run_files(job))
     except OSError as error:
         raise UserError(of_system(error)) from None

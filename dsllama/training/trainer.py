@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import math
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -37,12 +38,14 @@ from dsllama.sizes import readable, readable_duration
 from dsllama.training import checkpoint as checkpoints
 from dsllama.training import engine as deepspeed_engine
 from dsllama.training.engine import World
+from dsllama.training.health import SKIPPED_SAMPLES, Health, Trouble, differing_replicas, note_skipped, read_skipped
 from dsllama.training.reporting import Report, Row, perplexity
 from dsllama.training.saving import Saved, Saver, expected_bytes
 from dsllama.training.stopping import StopRequest
 
 logger = logging.getLogger("dsllama")
 _LONG_UPDATE_SECONDS = 10.0
+_ADVICE = "A lower --max_lr, more --warmup_iterations or --gradient_clipping 1.0 usually helps."
 
 
 class TrainingFailed(Exception):
@@ -78,6 +81,19 @@ def parallel_layout(config: TrainingConfig, ds_config: dict[str, Any], ranks: in
         "offload_optimizer": zero.get("offload_optimizer", {}).get("device", "none"),
         "offload_params": zero.get("offload_param", {}).get("device", "none"),
     }
+
+
+@dataclass(frozen=True)
+class Made:
+    """An update as it came out. loss: mean over all ranks and micro-steps. first_sample: of those that it took."""
+
+    loss: float
+    grad_norm: float | None
+    somebody_stops: bool
+    first_sample: int
+    trouble: Trouble | None = None
+    wrong_ranks: tuple[int, ...] = ()  # whose own losses are not finite
+    left_out: bool = False
 
 
 @dataclass
@@ -117,7 +133,7 @@ class Trainer:
         torch.manual_seed(self.config.seed + 1 + world.rank)
         self.update = 0
         self.last_checkpoint = job.resume_from
-        self.streak = Streak()
+        self.streak, self.health = Streak(), Health(self.config)
         if job.resume_from is not None:
             self._resume(job.resume_from)
         elif job.init_from is not None:
@@ -139,6 +155,7 @@ class Trainer:
         self.learning_rate = 0.0
         self.all_have_written = False
         self.longest_update = self.longest_save = 0.0
+        self.updates_lost = 0  # to rollbacks
         self.stops_in_time: bool | None = None
 
     # ------------------------------------------------------------ the loop
@@ -150,7 +167,7 @@ class Trainer:
         with contextlib.ExitStack() as at_the_end:
             if self.world.is_main:
                 self.report = Report(Path(config.log_file), tensorboard_dir(config), self.update, self.tokens)
-                at_the_end.callback(self.report.close)
+                at_the_end.callback(self._close_report)  # a rollback opens another one
             at_the_end.callback(self._wait_for_housekeeping)
             self.clock = Stopwatch()
             self.stop.last_words = self._last_good
@@ -162,12 +179,15 @@ class Trainer:
                 self.scheduler.step(self.update)
                 # The rate of this update: at its end DeepSpeed sets the next one.
                 self.learning_rate = self.scheduler.get_current_lr()
-                loss, grad_norm, somebody_stops = self.train_one_update()
+                made = self.train_one_update()
+                loss, grad_norm = made.loss, made.grad_norm
                 self.stop.phase("")
                 if self.saver.busy and self.all_have_written:
                     self._settle(last=False)
-                self._insist_on_finite(loss, grad_norm)
-                stopped_by = self.stop.cause or "another rank" if somebody_stops else ""
+                if self._goes_back(made):
+                    continue
+                self._compare_replicas()
+                stopped_by = self.stop.cause or "another rank" if made.somebody_stops else ""
                 # It is the first at or beyond a multiple of token_ckpt.
                 save_is_due |= self.tokens % config.token_ckpt < config.tokens_per_update
                 last = bool(stopped_by) or self.update == updates
@@ -194,18 +214,71 @@ class Trainer:
             self._summarize(loss, stopped_by)
         return stopped_by
 
-    def train_one_update(self) -> tuple[float, float | None, bool]:
-        """One optimizer update: (mean loss over all ranks and micro-steps, gradient norm, does anyone want to stop)."""
+    def train_one_update(self) -> Made:
+        """One optimizer update; where it goes wrong, a second time from the same state: then it is known whether the
+        data are to blame."""
+        state = deepspeed_engine.bookmark(self.engine)
+        random = checkpoints.random_state(self.world) if self.config.dropout else {}
+        made = self._attempt()
+        if made.trouble is None or (made.trouble.kind == "nonfinite_gradients" and self.skips.is_searching):
+            return made
+        deepspeed_engine.go_back(self.engine, state)
+        self.loader.consumed_samples = made.first_sample
+        if random:
+            checkpoints.restore_random_state(random, self.world)
+        again = self._attempt(applies_spikes=self.config.on_loss_spike == "warn")
+        if again.left_out:  # which fp16 takes for a loss scale that is too large
+            deepspeed_engine.go_back(self.engine, {"scaler": state["scaler"]})
+        if again.trouble is None:
+            self.health.suspicions += 1
+            self.world.say(
+                f"suspicion    update {self.update}: {made.trouble.told}; made again from the same state with the same "
+                f"samples it is not (loss {again.loss:.4f}), and counts. Suspect the hardware of {self._whose(made)}"
+            )
+        return again
+
+    def _attempt(self, applies_spikes: bool = False) -> Made:
         steps, first = self.derived.gradient_accumulation_steps, self.update == self.first_update
         after_the_first = (lambda: self._say_when(self.clock.seconds, steps)) if first else lambda: None
-        own, grad_norm = deepspeed_engine.update(self.engine, self.loader.get_batch, steps, after_the_first)
+        self._pass_skipped_samples()
+        position, before, left_out = self.loader.consumed_samples, deepspeed_engine.skips(self.engine), False
+
+        def leave_out(sums: torch.Tensor) -> bool:
+            nonlocal left_out
+            left_out = self.health.spike(self._over_all_ranks(sums)) is not None
+            return left_out
+
+        spikes = leave_out if self.health.watches and not applies_spikes else None
+        own, grad_norm = deepspeed_engine.update(self.engine, self.loader.get_batch, steps, after_the_first, spikes)
         own[0] *= self.config.batch_size * self.config.max_seq_len  # the model divides by all positions
         # One all-reduce for these, stop requests, ranks whose part of a save is written, and ranks that could not.
         sums = torch.cat([own, own.new_tensor([bool(self.stop), *self.saver.progress()])])
         dist.all_reduce(sums)
         total, counted, requests, written, failed = sums.tolist()
         self.all_have_written = written + failed == self.world.size
-        return total / counted, grad_norm, requests > 0
+        loss, trouble = total / counted, None
+        wrong: tuple[int, ...] = ()
+        skipped = deepspeed_engine.skips(self.engine).count > before.count
+        if not math.isfinite(loss):
+            trouble, wrong = Trouble("nonfinite_loss", f"its loss is {loss}"), self._wrong_ranks(own)
+        elif not left_out and (skipped or not math.isfinite(grad_norm or 0.0)):
+            trouble = Trouble("nonfinite_gradients", "its gradients are not finite")
+        else:
+            trouble = self.health.spike(loss)
+        return Made(loss, grad_norm, requests > 0, position, trouble, wrong, left_out)
+
+    def _over_all_ranks(self, own: torch.Tensor) -> float:
+        """The mean loss, of all ranks' sums."""
+        sums = own.clone()
+        dist.all_reduce(sums)
+        return float(sums[0] * self.config.batch_size * self.config.max_seq_len / sums[1])
+
+    def _wrong_ranks(self, own: torch.Tensor) -> tuple[int, ...]:
+        """Those whose own loss is not finite; none where it is none's, or all ranks'."""
+        everywhere = [torch.empty_like(own) for _ in range(self.world.size)]
+        dist.all_gather(everywhere, own)
+        wrong = [rank for rank, sums in enumerate(everywhere) if not math.isfinite(float(sums[0]))]
+        return tuple(wrong) if len(wrong) < self.world.size else ()
 
     def _mind_the_time(self) -> None:
         """Ask to stop where another update would leave no time for the save."""
@@ -245,7 +318,7 @@ class Trainer:
     @property
     def _tokens_here(self) -> int:
         """Those of this process and its ranks."""
-        return (self.update - self.first_update + 1) * self.config.tokens_per_update
+        return (self.update - self.first_update + 1 + self.updates_lost) * self.config.tokens_per_update
 
     @property
     def _skipped(self) -> int:
@@ -277,6 +350,8 @@ class Trainer:
             skipped_updates=self.engine.skipped_steps,
             save_stall=sum(save.stall for save in self.saved) if self.saved else None,
             save_seconds=saving or None,
+            rollbacks=self.health.rollbacks,
+            suspicions=self.health.suspicions,
             save_mb_per_second=sum(save.checkpoint.bytes for save in self.saved) / 1e6 / saving if saving else None,
         )
         self.saved.clear()
@@ -334,6 +409,7 @@ class Trainer:
             "vocab_size": self.derived.vocab_size,
             "schedule": self.scheduler.state_dict(),
             "skipping": asdict(self.streak),
+            "health": self.health.state_dict(),
             "seed": config.seed,
             "versions": versions(),
             "self_test": self.job.self_test,
@@ -426,6 +502,8 @@ class Trainer:
         self.last_checkpoint = source
         self.update = source.update
         self.streak = Streak(**source.manifest.get("skipping", {}))
+        noted = self.world.ask_main(read_skipped, Path(self.config.ckpt_dir), self.loader.identity)
+        self.health.load_state_dict(source.manifest.get("health", {}), noted)
         theirs, goes_on = source.manifest["schedule"], self.config.use_prev_scheduler
         self.scheduler.load_state_dict(theirs if goes_on else fresh)
         same = {**fresh, "current_step": theirs["current_step"]}
@@ -444,30 +522,44 @@ class Trainer:
         self.world.say("\n".join(checkpoints.resumption_lines(source, self.config, self.job.parallel_layout)))
         return source
 
-    def _insist_on_finite(self, loss: float, grad_norm: float | None) -> None:
-        """Stop before anything that is not finite can reach a checkpoint; say what the engine has skipped."""
-        if not math.isfinite(loss):
-            self._give_up(f"the loss is {loss} at {self._place(self.update)}. Nothing of it was saved")
-        before, self.skips = self.skips, deepspeed_engine.skips(self.engine)
-        if self.skips.count > before.count:
-            self._notice_skip(before)
-            return
-        self.streak = Streak()
-        if grad_norm is not None and not math.isfinite(grad_norm):
-            self._give_up(f"the gradient norm is {grad_norm} at {self._place(self.update)}. Nothing of it was saved")
+    def _pass_skipped_samples(self) -> None:
+        """Where the next samples are left out, go on with those behind them."""
+        while (behind := self.health.skipped_samples.get(self.loader.consumed_samples)) is not None:
+            self.loader.consumed_samples = behind
 
-    def _notice_skip(self, before: deepspeed_engine.Skips) -> None:
-        """Say that DeepSpeed has left this update out, on all ranks alike, since its gradients are not finite; too many
-        in a row end the run."""
+    def _goes_back(self, made: Made) -> bool:
+        """Act on what is wrong with an update, if anything is; whether the run has gone back to a checkpoint."""
+        before, self.skips = self.skips, deepspeed_engine.skips(self.engine)
+        if (trouble := made.trouble) is None:
+            self.streak = Streak()
+            self.health.losses.append(made.loss)
+            return False
+        policy, searches = self.health.policy(trouble), before.is_searching
+        if trouble.kind == "nonfinite_gradients" and (searches or policy == "skip"):
+            self._notice_skip(before, trouble.told, searches)
+        elif policy == "skip":
+            self._notice_skip(before, trouble.told)
+        elif policy == "warn":
+            self.world.say(f"warning      update {self.update}: {trouble.told}; it counts (on_loss_spike)")
+            self.health.losses.append(made.loss)
+        elif policy == "roll_back":
+            self._roll_back(made, trouble)
+            return True
+        else:
+            told = f"the loss is {made.loss}" if trouble.kind == "nonfinite_loss" else trouble.told
+            self._give_up(f"{told} at {self._place(self.update)}. Nothing of it was saved")
+        return False
+
+    def _notice_skip(self, before: deepspeed_engine.Skips, told: str, searches: bool = False) -> None:
+        """Say that this update was left out, on all ranks alike; too many in a row end the run."""
         now, streak, limit = self.skips, self.streak, self.config.max_skipped_updates
         streak.skipped += 1
         scale = f" at loss scale {before.loss_scale:g}" if before.loss_scale else ""
         scale += f", which is now {now.loss_scale:g}" if now.loss_scale != before.loss_scale else ""
         self.world.say(
-            f"skipped      update {self.update}: its gradients are not finite{scale}; the weights are as before "
-            f"({streak.skipped} in a row)"
+            f"skipped      update {self.update}: {told}{scale}; the weights are as before ({streak.skipped} in a row)"
         )
-        if before.searches and not before.at_its_end:
+        if searches:
             streak.in_vain = 0
             return
         streak.in_vain += 1
@@ -478,21 +570,80 @@ class Trainer:
             elif before.loss_scale:
                 why += f" at the loss scale {before.loss_scale:g} that fp16.loss_scale gives (0 there lets it be found)"
             place = self._place(self.update - streak.skipped + 1)
-            self._give_up(f"{place}: the gradients are not finite, so the weights stay as they are, {why}")
+            self._give_up(f"{place}: {told.replace('its', 'the', 1)}, so the weights stay as they are, {why}")
 
-    def _give_up(self, why: str) -> NoReturn:
+    def _roll_back(self, made: Made, trouble: Trouble) -> None:
+        """Go back to the last good checkpoint, and leave the samples of this update out from now on. Collective."""
         if self.saver.busy:
             self._settle(last=False)
-        raise TrainingFailed(
-            f"{why}. {self._last_good()} "
-            "A lower --max_lr, more --warmup_iterations or --gradient_clipping 1.0 usually helps."
+        first, size, source = made.first_sample, self.derived.sequences_per_update, self.last_checkpoint
+        place = self._place(self.update)
+        if source is None or not self.health.goes_back_again(source.update):
+            times = f", after {self.config.max_skipped_updates} rollbacks to the same checkpoint" if source else ""
+            self._give_up(f"{trouble.told.replace('its', 'the', 1)} at {place}{times}. Nothing of it was saved")
+        note = {
+            "first": first, "last": first + size - 1, "update": self.update, "why": trouble.told,
+            "loss": repr(made.loss), "data": self.loader.identity, "at": timestamp(),
+        }  # fmt: skip
+        self.world.ask_main(note_skipped, Path(self.config.ckpt_dir), note)
+        self.health.skip_samples(first, first + size)
+        self.world.say(
+            f"rolled back  update {self.update}: {trouble.told}. Its samples {first} to {first + size - 1} are left "
+            f"out from now on ({SKIPPED_SAMPLES}); going on from {source.path}"
         )
+        self._wait_for_housekeeping()
+        lost = self.update
+        self.loader.load_state_dict(source.manifest["data"])
+        self._resume(source)
+        self.updates_lost += lost - self.update
+        self.skips, self.saved = deepspeed_engine.skips(self.engine), []
+        if self.report is not None:
+            self._close_report()
+            self.report = Report(Path(self.config.log_file), tensorboard_dir(self.config), self.update, self.tokens)
+
+    def _close_report(self) -> None:
+        if self.report is not None:
+            self.report.close()
+
+    def _compare_replicas(self) -> None:
+        """Stop where the ranks no longer hold the same weights. Collective."""
+        interval = self.config.check_replicas_interval
+        if not interval or self.update % interval or self.world.size == 1:
+            return
+        if not (differing := differing_replicas(self.engine.module)):
+            return
+        hosts = self._hosts()
+        told = "; ".join(
+            f"rank {rank} on {hosts[rank]}: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" * (len(names) > 3))
+            for rank, names in differing.items()
+        )
+        which = "differ from those of the other ranks" if len(differing) * 2 < self.world.size else (
+            "differ between these, and which is right cannot be told"
+        )  # fmt: skip
+        self._give_up(f"after {self._place(self.update)} weights {which}: {told}", "Suspect that hardware.")
+
+    def _hosts(self) -> list[str]:
+        found: list[str] = [""] * self.world.size
+        dist.all_gather_object(found, socket.gethostname())
+        return found
+
+    def _whose(self, made: Made) -> str:
+        """Where the numbers went wrong, as far as is known."""
+        hosts = self._hosts()
+        wrong = [f"rank {rank} on {hosts[rank]}" for rank in made.wrong_ranks]
+        return " and ".join(wrong) or "the ranks (" + ", ".join(sorted(set(hosts))) + ")"
+
+    def _give_up(self, why: str, advice: str = _ADVICE) -> NoReturn:
+        if self.saver.busy:
+            self._settle(last=False)
+        raise TrainingFailed(f"{why}. {self._last_good()} {advice}")
 
     def _place(self, first: int) -> str:
         """Updates `first` to the present one, with their samples, for a message."""
         updates = f"update {self.update}" if first == self.update else f"updates {first} to {self.update}"
         size = self.derived.sequences_per_update
-        samples = f"samples {(first - 1) * size} to {self.update * size - 1}"
+        end = self.loader.consumed_samples
+        samples = f"samples {end - (self.update - first + 1) * size} to {end - 1}"
         return f"{updates} ({samples}, learning rate {self.learning_rate:.3e})"
 
     def _last_good(self) -> str:

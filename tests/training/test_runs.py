@@ -31,11 +31,15 @@ def plain(tiny_data: TinyData) -> dict[str, list[float]]:
 
 
 def plain_loop(
-    data: TinyData, clipping: float, updates: int = UPDATES, left_out: Sequence[int] = ()
+    data: TinyData,
+    clipping: float,
+    updates: int = UPDATES,
+    left_out: Sequence[int] = (),
+    without: Sequence[int] = (),
 ) -> dict[str, list[float]]:
     """Updates written out with transformers' Llama: losses, gradient norms and rates, one each per update.
 
-    left_out: updates that compute a loss and change nothing.
+    left_out: updates that compute a loss and change nothing. without: eights of samples, from 0, that no update sees.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -58,6 +62,7 @@ def plain_loop(
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     told: dict[str, list[float]] = {"loss": [], "grad_norm": [], "learning_rate": []}
     stream = torch.from_numpy(data.tokens.astype(np.int64))
+    eights = [number for number in range(updates + len(without)) if number not in without]
     for update in range(1, updates + 1):
         if update < 4:
             rate = 0.01 * update / 4
@@ -65,7 +70,7 @@ def plain_loop(
             rate = 0.001 + 0.009 * (1 + math.cos(math.pi * (update - 4) / (updates - 4))) / 2
         for group in optimizer.param_groups:
             group["lr"] = rate
-        begin = (update - 1) * 256
+        begin = eights[update - 1] * 256
         x, y = stream[begin : begin + 256].view(8, 32), stream[begin + 1 : begin + 257].view(8, 32)
         loss = torch.nn.functional.cross_entropy(model(x).logits.flatten(0, 1), y.flatten())
         optimizer.zero_grad()

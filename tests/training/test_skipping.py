@@ -21,7 +21,13 @@ def skipped(said: str) -> list[int]:
 
 @pytest.mark.parametrize(
     ("name", "ranks"),
-    [("nan_fp32_stage1", 1), ("nan_fp32_stage3", 1), ("nan_bf16_stage0", 1), ("nan_bf16_stage2", 2)],
+    [
+        ("nan_fp32_stage0", 1),
+        ("nan_fp32_stage1", 1),
+        ("nan_fp32_stage3", 1),
+        ("nan_bf16_stage0", 1),
+        ("nan_bf16_stage2", 2),
+    ],
 )
 def test_a_run_whose_gradients_are_never_finite_is_stopped(campaign: Campaign, name: str, ranks: int) -> None:
     ended = campaign.ended(name, ranks)
@@ -30,11 +36,6 @@ def test_a_run_whose_gradients_are_never_finite_is_stopped(campaign: Campaign, n
     assert "training stopped: updates 1 to 3 (samples 0 to 23, learning rate" in ended.complained
     assert "3 in a row (max_skipped_updates)" in ended.complained and "no earlier checkpoint" in ended.complained
     assert list_checkpoints(campaign.runs[name, ranks].folder / "checkpoints") == []
-
-
-def test_without_zero_the_first_update_stops_it(campaign: Campaign) -> None:
-    ended = campaign.ended("nan_fp32_stage0")
-    assert ended.value == 1 and "the gradient norm is nan at update 1 (samples 0 to 7" in ended.complained
 
 
 def test_the_last_good_checkpoint_is_named_and_the_limit_is_a_setting(campaign: Campaign) -> None:

@@ -1,0 +1,146 @@
+"""An update that goes wrong is made again, then treated as the configuration says; samples stay left out."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dsllama import cli
+from dsllama.training.health import Health
+from tests.campaign import Campaign
+from tests.conftest import TinyData, starts_processes
+from tests.gradients import TROUBLE
+from tests.training.test_runs import plain_loop
+
+pytestmark = starts_processes
+
+
+def expected(data: TinyData, updates: int, **options: list[int]) -> list[float]:
+    """The losses of a loop without any of our code, to what fp32 keeps over so many updates."""
+    return pytest.approx(plain_loop(data, clipping=1.0, updates=updates, **options)["loss"], rel=1e-4)
+
+
+def made(campaign: Campaign, name: str, code: int) -> tuple[str, list[float], list[dict[str, str]]]:
+    """(what a training said, its losses, its rows)."""
+    ranks = TROUBLE[name][0] if name in TROUBLE else 2
+    ended, run = campaign.ended(name, ranks), campaign.runs[name, ranks]
+    assert ended.values == [code] * ranks, ended.said + ended.complained
+    return ended.said + ended.complained, list(run.losses().values()), run.rows()
+
+
+def test_what_heals_at_the_second_try_counts_and_the_hardware_is_suspected(
+    campaign: Campaign, tiny_data: TinyData
+) -> None:
+    said, losses, rows = made(campaign, "heals", 0)
+    assert losses == expected(tiny_data, 20)
+    assert re.search(r"suspicion    update 6: its loss is nan; made again .* Suspect the hardware of rank 1 on ", said)
+    assert "suspicion    update 10: its gradients are not finite; made again" in said
+    assert [row["suspicions"] for row in rows] == ["0"] * 5 + ["1"] * 4 + ["2"] * 11
+    assert {row["skipped_updates"] for row in rows} == {"0"}
+    events = EventAccumulator(str(campaign.runs["heals", 2].folder / "tensorboard" / "log-1")).Reload()
+    assert [event.value for event in events.Scalars("train/suspicions")][-1] == 2
+
+
+def test_the_second_try_draws_the_dropout_of_the_first(campaign: Campaign, tiny_data: TinyData) -> None:
+    _, losses, _ = made(campaign, "heals_with_dropout", 0)
+    undisturbed = {**campaign.runs["heals_with_dropout", 1].settings}
+    assert undisturbed["dropout"] == 0.2 and losses == list(campaign.losses("dropout", 1).values())
+
+
+def test_a_loss_that_is_not_finite_is_skipped_or_stops_the_run(campaign: Campaign, tiny_data: TinyData) -> None:
+    said, losses, rows = made(campaign, "skips_the_loss", 0)
+    assert "skipped      update 6: its loss is inf; the weights are as before (1 in a row)" in said
+    assert losses[5] == float("inf") and rows[-1]["skipped_updates"] == "1"
+    undisturbed = plain_loop(tiny_data, clipping=1.0, left_out=[6])["loss"]
+    assert losses[:5] + losses[6:] == pytest.approx(undisturbed[:5] + undisturbed[6:], rel=1e-4)
+    said, _, _ = made(campaign, "stops_at_the_loss", 1)
+    assert "training stopped: the loss is nan at update 6 (samples 40 to 47, learning rate" in said
+    assert "update_0000005; --load_ckpt true goes on" in said
+    said, _, _ = made(campaign, "stops_at_gradients", 1)
+    assert "its gradients are not finite at update 6 (samples 40 to 47" in said
+
+
+def test_a_rollback_leaves_the_samples_out_at_every_resume(campaign: Campaign, tiny_data: TinyData, capsys) -> None:
+    said, losses, rows = made(campaign, "rolls_back", 0)
+    assert "rolled back  update 6: its loss is nan. Its samples 40 to 47 are left out from now on" in said
+    assert "rolled back  update 9: its loss is inf. Its samples 72 to 79 are left out" in said
+    assert losses == expected(tiny_data, 12, without=[5, 9])
+    assert [row["update"] for row in rows] == [str(update) for update in range(1, 13)]
+    assert rows[-1]["rollbacks"] == "2" and "rollbacks 2" in said
+    folder = campaign.runs["rolls_back", 2].folder / "checkpoints"
+    notes = json.loads((folder / "skipped_samples.json").read_text())
+    assert [(note["first"], note["last"], note["update"]) for note in notes] == [(40, 47, 6), (72, 79, 9)]
+    assert cli.main(["checkpoints", "list", str(folder)]) == 0
+    assert "2 rollbacks, 16 samples left out" in capsys.readouterr().out.splitlines()[-1]
+    _, again, _ = made(campaign, "rolled_back_again", 0)
+    assert again == losses[2:]
+
+
+def test_a_rollback_takes_up_the_engines_own_files_too(campaign: Campaign, tiny_data: TinyData) -> None:
+    said, losses, _ = made(campaign, "rolls_back_own_files", 0)
+    assert "rolled back  update 6: its gradients are not finite" in said
+    assert losses == expected(tiny_data, 12, without=[5])
+
+
+def test_a_run_does_not_go_back_to_the_same_checkpoint_for_ever(campaign: Campaign) -> None:
+    said, _, _ = made(campaign, "rolls_back_for_ever", 1)
+    assert len(re.findall("^rolled back ", said, re.M)) == 3
+    assert "the loss is nan at update 6 (samples" in said and "after 3 rollbacks to the same checkpoint" in said
+
+
+def test_a_spike_is_warned_of_skipped_stopped_at_or_left_out(campaign: Campaign, tiny_data: TinyData) -> None:
+    undisturbed = plain_loop(tiny_data, clipping=1.0, updates=12)["loss"]
+    said, losses, _ = made(campaign, "spike_warned", 0)
+    assert re.search(
+        r"warning      update 9: its loss 10\d\.\d+ is .* above the median of the last 4 .*; it counts", said
+    )
+    assert losses[8] - 100 == pytest.approx(undisturbed[8], rel=1e-3)
+    assert losses[:8] + losses[9:] == pytest.approx(undisturbed[:8] + undisturbed[9:], rel=1e-4)
+    said, losses, rows = made(campaign, "spike_healed", 0)
+    assert "suspicion    update 9: its loss 10" in said and losses == pytest.approx(undisturbed, rel=1e-4)
+    left_out = plain_loop(tiny_data, clipping=1.0, updates=12, left_out=[9])["loss"]
+    for name in ("spike_skipped", "spike_skipped_plain"):
+        said, losses, rows = made(campaign, name, 0)
+        assert "skipped      update 9: its loss 10" in said and rows[-1]["skipped_updates"] == "1"
+        assert losses[:8] + losses[9:] == pytest.approx(left_out[:8] + left_out[9:], rel=1e-4)
+    said, _, _ = made(campaign, "spike_stopped", 1)
+    assert re.search(r"training stopped: its loss 10\d.* at update 9 \(samples 64 to 71", said)
+    said, losses, _ = made(campaign, "spike_rolled_back", 0)
+    assert "going on from" in said and losses == expected(tiny_data, 12, without=[8])
+
+
+def test_a_weight_that_differs_between_ranks_stops_the_run(campaign: Campaign) -> None:
+    said, _, _ = made(campaign, "replicas", 1)
+    assert re.search(
+        r"after update 6 .* weights differ between these, and which is right .*: rank 0 on .*; rank 1", said
+    )
+    assert "tok_embeddings.weight" in said or "embed" in said
+    made(campaign, "same_replicas", 0)
+
+
+def test_the_score_is_that_of_the_median_and_needs_a_window() -> None:
+    health = Health(SimpleNamespace(loss_spike_window=128, on_loss_spike="warn", loss_spike_score=5.0))
+    for number in range(15):
+        health.losses.append(2 + 0.01 * (number % 3))
+    assert health.score(1e9) == 0
+    health.losses.append(2.01)
+    # The median is 2.01, the median distance from it 0.01.
+    assert health.score(2.01 + 0.014826 * 4) == pytest.approx(4, rel=1e-6)
+    assert health.spike(2.01 + 0.014826 * 4) is None and health.spike(1.0) is None
+    assert "5.5 deviations above the median of the last 16 (2.0100)" in health.spike(2.01 + 0.014826 * 5.5).told
+
+
+def test_a_setting_that_cannot_be_is_refused(tmp_path: Path, capsys) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("on_loss_spike: maybe\nzero_stage: 3\ncheck_replicas_interval: 5\n")
+    assert cli.main(["config", "--config", str(config)]) == 2
+    told = capsys.readouterr().err
+    assert "on_loss_spike" in told and "roll_back" in told
+    config.write_text("on_loss_spike: off\nzero_stage: 3\ncheck_replicas_interval: 5\n")
+    assert cli.main(["config", "--config", str(config)]) == 2
+    assert "check_replicas_interval = 5: needs zero_stage 0 to 2" in capsys.readouterr().err
