@@ -70,9 +70,10 @@ class Campaign:
         }  # fmt: skip
 
     def measure(self) -> dict[int, float]:
-        """The losses of the run that never dies."""
+        """The losses of the run that never dies; one that is there already is taken."""
         run = Run(self.folder / "measure", self.settings | {"zero_stage": TOPOLOGIES[0][1], "token_ckpt": "1G"})
-        self._start(run, TOPOLOGIES[0][0]).wait(MOST_SECONDS)
+        if not (run.folder / "log.csv").exists() or len(run.rows()) < self.updates:
+            self._start(run, TOPOLOGIES[0][0]).wait(MOST_SECONDS)
         return run.losses()
 
     def draw(self, number: int) -> Kill:

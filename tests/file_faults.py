@@ -96,20 +96,26 @@ def built(folder: Path) -> Path:
 
 def train(words: list[str], below: str, rank: int, operation: str, error: int, after: int, times: int) -> list[int]:
     """A training on whose disk a rank's calls fail: exit code, calls that failed, calls that were made. rank: or -1 for
-    all; after: the first call that fails, from 1."""
-    import torch.distributed as dist
-
+    all; after: the first call that fails, from 1. Calls for reading fail from the start on, others once it trains: a
+    rank that cannot start ends, for which the others, in a launch that is shared, would wait."""
     from dsllama.training.run import main
+    from dsllama.training.trainer import Trainer
 
-    own = int(os.environ.get("RANK", "0"))
-    disk = ctypes.CDLL(None)
-    kind = ord(operation) if rank in (own, -1) else 0
-    disk.disk_fails(below.encode(), kind, after, error, times)
+    disk, run = ctypes.CDLL(None), Trainer.run
+    kind = ord(operation) if rank in (int(os.environ.get("RANK", "0")), -1) else 0
+
+    def failing(self: Trainer) -> str:
+        disk.disk_fails(below.encode(), kind, after, error, times)
+        return run(self)
+
+    if operation == "r":
+        disk.disk_fails(below.encode(), kind, after, error, times)
+    else:
+        Trainer.run = failing  # type: ignore[method-assign]
     try:
         code = main(words)
     finally:
         made, failed = disk.disk_seen(), disk.disk_failed()
         disk.disk_fails(b"", 0, 0, 0, 0)
-    if dist.is_initialized():
-        dist.barrier()
+        Trainer.run = run  # type: ignore[method-assign]
     return [code, failed, made]

@@ -32,6 +32,8 @@ _SECOND_REQUEST_SECONDS = 3.0
 _LOOK_SECONDS = 0.25
 # Until the others have seen it too, and until one that was killed by the launcher has gone.
 _MOURNING_SECONDS = 2.0
+# By which a rank knows that there was a launcher: DeepSpeed's, torchrun. And what is told of one that is no more.
+_SET_BY_LAUNCHERS, _GONE = {"CROSS_RANK", "TORCHELASTIC_RUN_ID"}, (0, 0)
 # Folders of this process's own, to be removed where it leaves at once.
 LEFTOVERS: set[Path] = set()
 
@@ -50,7 +52,7 @@ class StopRequest:
         self.siblings: dict[int, int] = {}
         self.last_words: Callable[[], str] = lambda: "Nothing had been trained, nothing is lost."
         self._phase, self._first, self._from_launcher, self._closed = "while it was starting", 0.0, False, False
-        self._launcher = _launcher()
+        self._launcher = _launcher_at_the_start()
         # nohup has SIGHUP ignored.
         self._before = {number: signal.getsignal(number) for number in _SIGNALS}
         self._heard = {number for number, handler in self._before.items() if handler is not signal.SIG_IGN}
@@ -155,6 +157,17 @@ def _launcher() -> tuple[int, int] | None:
         if b"torchrun" in command or b"torch.distributed" in command:
             return parent, 0
     return None
+
+
+def _launcher_at_the_start() -> tuple[int, int] | None:
+    """The same; _GONE where it, or `deepspeed`, went while this process's Python was starting."""
+    found = _launcher()
+    if found is None:
+        return _GONE if "RANK" in os.environ and _SET_BY_LAUNCHERS & os.environ.keys() else None
+    if found[1] != 1 or os.environ.get("CROSS_SIZE") != "1":  # on several hosts there is none above it
+        return found
+    first = Path("/proc/1/cmdline").read_bytes()  # in a container it may be `deepspeed`
+    return found if b"deepspeed" in first else _GONE
 
 
 def _end_of(process: int) -> str | None:

@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,8 @@ class FileFaults:
         failing, resumed, unreadable = {}, {}, {}
         for failure in FAILURES:
             name, made = str(failure), self.made[failure.operation][failure.rank]
+            if not made:  # only the first rank makes folders, publishes and removes
+                failure, made = replace(failure, rank=0), self.made[failure.operation][0]
             failing[name] = self._failing(name, failure, 1 + int(failure.share * made))
             longer = {**self.settings, "training_tokens": (UPDATES + 4) * 256}
             resumed[name] = Run(self.runs[name].folder, longer).words()
@@ -103,7 +106,7 @@ def test_a_disk_that_fails_while_a_checkpoint_is_written_costs_that_one_only(
 ) -> None:
     ended, run = faults.failing[str(failure)], faults.runs[str(failure)]
     said = ended.said + ended.complained
-    code, failed, _ = ended.values[failure.rank]
+    code, failed, _ = max(ended.values, key=lambda value: value[1])
     assert "Traceback" not in said, said
     assert failed >= 1
     assert code == 0 or os.strerror(failure.error) in said, said

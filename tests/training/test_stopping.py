@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import signal
+import subprocess
+import sys
 import time
 from itertools import product
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 
 from dsllama.checkpoint.catalog import list_checkpoints
 from tests.campaign import Campaign
-from tests.conftest import PATIENCE, Run, TinyData, deepspeed_command, run, starts_processes
+from tests.conftest import PATIENCE, REPOSITORY, Run, TinyData, deepspeed_command, environment, run, starts_processes
 from tests.processes import start, wait_for_rows
 
 pytestmark = starts_processes
@@ -129,6 +131,15 @@ def test_ctrl_c_leaves_a_checkpoint_that_goes_on(tiny_data: TinyData, tmp_path: 
     assert [int(row["update"]) for row in job.trained.rows()][-4:] == list(
         range(manifest["update"], manifest["update"] + 4)
     )
+
+
+@pytest.mark.parametrize("mark", ["CROSS_RANK", "TORCHELASTIC_RUN_ID"])
+def test_a_rank_whose_launcher_went_while_its_python_started_ends(mark: str, tmp_path: Path) -> None:
+    rank = {**environment(), "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", mark: "0"}
+    command = [sys.executable, "launch/train.py", "--ckpt_dir", tmp_path / "checkpoints"]
+    ended = subprocess.run(command, cwd=REPOSITORY, env=rank, capture_output=True, text=True, timeout=PATIENCE)
+    assert ended.returncode == 75, ended.stderr
+    assert "stopped by the end of its launcher while it was starting. Nothing had been trained" in ended.stdout
 
 
 def test_the_death_of_a_rank_is_named_with_what_to_do(tiny_data: TinyData, tmp_path: Path) -> None:
