@@ -100,12 +100,12 @@ def deepspeed_config(config: TrainingConfig, derived: Derived, accelerator: str 
     asked = merge(bound, {"zero_optimization": {"stage": zero.asked_stage}})
     bound = merge(bound, _FIXED)
     recommended = _recommended(config, derived, zero, accelerator)
+    recommended = merge(recommended, _buffers(merge(recommended, said(overlay)), config, derived, zero))
+    problems += _too_small(recommended, overlay, config)
     problems += list(_contradictions(asked, merge(recommended, bound), overlay, config))
     if problems:
         raise UserError(problems, "the DeepSpeed configuration is wrong")
     complete = merge(merge(recommended, said(overlay)), bound)
-    if zero.offload_params == "nvme":
-        _provide_buffers(complete["zero_optimization"], config, derived)
     _pass_deepspeeds_own_check(complete, config, derived.world_size)
     return complete
 
@@ -198,27 +198,45 @@ def _recommended(config: TrainingConfig, derived: Derived, zero: ZeroSettings, a
     }
 
 
-def _provide_buffers(zero: Json, config: TrainingConfig, derived: Derived) -> None:
-    """Host memory through which parameters pass from NVMe, where an overlay does not say it: a buffer for each matrix
-    that may be whole at once, of the size of a rank's part of the largest. DeepSpeed's own five are too few for any
-    model and too small for one of 7B, and a run that has not enough ends in its first update."""
-    width, kv_width = config.n_embd, (config.n_kv_heads or config.n_heads) * derived.head_size
-    block = [width * width, width * kv_width, width * kv_width, width * width, *[width * derived.ffn_hidden] * 3]
-    table = derived.vocab_size * width
-    matrices = [table, *block * config.n_layers, table]
-    # What is needed again soon stays beyond the limit.
-    room = max(zero.get(f"stage3_max_{name}", 1e9) for name in ("live_parameters", "reuse_distance"))
-    # The longest row of them, in the order of their use, that fits there; and those of one block in work at least.
-    most, first, held = len(block), 0, 0
-    for last, size in enumerate(matrices):
-        held += size
-        while held > room:
-            held -= matrices[first]
-            first += 1
-        most = max(most, last - first + 1)
-    section = zero["offload_param"]
-    section.setdefault("buffer_size", max(-(-max([*block, table]) // derived.world_size), 2**20))
-    section.setdefault("buffer_count", min(most + 2, len(matrices)))
+def _buffers(ds_config: Json, config: TrainingConfig, derived: Derived, settings: ZeroSettings) -> Json:
+    """Host memory through which states and parameters pass from NVMe.
+
+    An optimizer's sub-group takes four: weights, two moments, gradients. Of parameters a buffer is needed for each
+    matrix that may be whole at once, of the size of a rank's part of the largest: DeepSpeed's own five are too few for
+    any model and too small for one of 7B, and a run that has not enough ends in its first update.
+    """
+    zero, found = ds_config["zero_optimization"], dict[str, Json]()
+    if settings.offload_optimizer == "nvme":
+        found["offload_optimizer"] = {"buffer_count": 4}
+    if settings.offload_params == "nvme":
+        width, kv_width = config.n_embd, (config.n_kv_heads or config.n_heads) * derived.head_size
+        block = [width * width, width * kv_width, width * kv_width, width * width, *[width * derived.ffn_hidden] * 3]
+        table = derived.vocab_size * width
+        matrices = [table, *block * config.n_layers, table]
+        # What is needed again soon stays beyond the limit.
+        room = max(zero.get(f"stage3_max_{name}", 1e9) for name in ("live_parameters", "reuse_distance"))
+        # The longest row of them, in the order of their use, that fits there; and those of one block in work at least.
+        most, first, held = len(block), 0, 0
+        for last, size in enumerate(matrices):
+            held += size
+            while held > room:
+                held -= matrices[first]
+                first += 1
+            most = max(most, last - first + 1)
+        part = -(-max([*block, table]) // derived.world_size)
+        found["offload_param"] = {"buffer_size": max(part, 2**20), "buffer_count": min(most + 2, len(matrices))}
+    return {"zero_optimization": found}
+
+
+def _too_small(recommended: Json, overlay: Json, config: TrainingConfig) -> list[Problem]:
+    """Buffers of an overlay with which a run on NVMe would end in its first update."""
+    problems, known = [], dict(leaves(recommended))
+    for path, value in leaves(overlay):
+        least = known.get(path) if path[-1] in ("buffer_size", "buffer_count") else None
+        if isinstance(least, int) and type(value) is int and value < least:
+            where = f"{config.deepspeed_overlay}: {'.'.join(path)}"
+            problems.append(Problem(where, f"must be at least {least} for this model", "leave it out", value))
+    return problems
 
 
 def _impossible(zero: ZeroSettings, config: TrainingConfig) -> list[Problem]:

@@ -86,13 +86,17 @@ def needs(config: TrainingConfig, derived: Derived, ds_config: Json) -> Needs:
 
 
 def lacking(config: TrainingConfig, derived: Derived, ds_config: Json, ranks_here: int) -> list[Problem]:
-    """Whether this host has not the memory that offload takes: the kernel would end the run without a word."""
-    need, there = ranks_here * needs(config, derived, ds_config).host, available_memory()
+    """Whether this host has not the memory that a run takes of it (on a CPU all): the kernel would end it without a
+    word."""
+    from dsllama.training.engine import accelerator
+
+    each, there = needs(config, derived, ds_config), available_memory()
+    need = ranks_here * (each.host + (each.device if accelerator() == "cpu" else 0))
     if need <= there:
         return []
     rule = f"takes {readable_bytes(need)} of this host's memory, and {readable_bytes(there)} is available"
-    remedy = "offload to a local NVMe disk (ds_configs/zero3_nvme.json), or spread the model over more hosts"
-    return [Problem("offload", rule, remedy)]
+    remedy = "offload to a local NVMe disk (ds_configs/zero3_nvme.json), take a smaller one, or more hosts"
+    return [Problem("the model", rule, remedy)]
 
 
 def _activations(config: TrainingConfig, derived: Derived, low: int) -> float:
@@ -115,11 +119,18 @@ def sweep(
 ) -> int:  # fmt: skip
     """Measure every overlay of a folder; returns the exit code. device_memory: bytes that the device may take, and what
     "fits" means for it (default: all it has). Raises UserError."""
-    files = sorted(recipes.glob("*.json"), key=lambda file: ("offload_" in file.read_text("utf-8"), file.name))
+    problems = []
+    files = [file for file in recipes.glob("*.json") if file.is_file()] if recipes.is_dir() else []
     if not files:
-        raise UserError(
-            Problem("--recipes", "has no overlay (*.json)", "run it in a checkout of dsllama", str(recipes))
-        )
+        rule = "has no overlay (*.json)" if recipes.is_dir() else "is no folder"
+        problems.append(Problem("--recipes", rule, "give a folder such as ds_configs/", str(recipes)))
+    if updates < 1:
+        problems.append(Problem("--updates", "must be at least 1", "2 tell what an update takes", updates))
+    if device_memory is not None and device_memory <= 0:
+        problems.append(Problem("--device_memory", "must be more than 0", "leave it out for all", device_memory))
+    if problems:
+        raise UserError(problems)
+    files.sort(key=lambda file: (b"offload_" in file.read_bytes(), file.name))
     from dsllama.training.engine import accelerator
 
     out.mkdir(parents=True, exist_ok=True)
@@ -137,7 +148,7 @@ def sweep(
         told.append({"recipe": file.stem, **answer})
     (out / "offload.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
     measured = [each for each in told if "error" not in each]
-    print("\n".join(_report(told)))
+    print("\n".join(_report(told) if measured else [f"{each['recipe']}: {each['error']}" for each in told]))
     if measured:
         _draw(measured, out / "offload.png")
         print(f"\n{out / 'offload.png'} and {out / 'offload.json'} have it too")
@@ -257,6 +268,7 @@ def measure(config: TrainingConfig, updates: int, device_memory: float | None) -
     derived = derive(config, 1, vocab_size)
     ds_config = deepspeed_config(config, derived, deepspeed_engine.accelerator())
     problems = deepspeed_engine.unsupported_here(config, ds_config) + swap.problems(ds_config, derived.parameters, 1.0)
+    problems += lacking(config, derived, ds_config, 1)
     if problems:
         raise UserError(problems)
     operations.make_ready(ds_config, is_main=True)
@@ -349,7 +361,7 @@ class _Clock:
         """Readings to be told apart from later ones; on a GPU when all that was asked of it is done."""
         import torch
 
-        from dsllama.training.operations import moved
+        from dsllama.training.disk import moved
 
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)

@@ -34,6 +34,8 @@ RECIPES = {
     name: {"precision": "bf16", "deepspeed_overlay": f"ds_configs/{name}.json", **_SHORT}
     for name in ("zero2_cpu_offload", "zero3_cpu_optimizer", "zero3_cpu_offload")
 }
+# Wide enough for DeepSpeed to swap, and such that on two ranks a gradient begins at an odd address.
+WIDE = {"n_embd": 640, "n_layers": 1, "precision": "bf16", "zero_stage": 3, "training_tokens": 3 * 256, "max_lr": 1e-3}
 OFFLOADED = {
     **{"vocab_size": 4096, "n_embd": 128, "n_heads": 8, "n_layers": 2, "batch_size": 2, "max_seq_len": 64},
     **{"tokens_per_update": 512, "training_tokens": 51200, "warmup_iterations": 1, "tokenizer_path": "none.json"},
@@ -124,6 +126,9 @@ class Campaign:
             trainings = {n: s for n, s in TRAININGS.items() if not (alone and (n in LONG or n in OWN_FILES))} | (
                 ON_ONE_RANK if alone else ON_TWO_RANKS
             )
+            if not alone:
+                swapped = {"deepspeed_overlay": "ds_configs/zero3_nvme.json", "nvme_path": str(root / "nvme_wide")}
+                trainings |= {"wide": WIDE, "wide_on_nvme": WIDE | swapped}
             whole = [self._launch(f"whole_{ranks}", ranks, trainings, self._calls(f"whole_{ranks}", ranks))]
             resumed = self._resumed(RESUMED[ranks], ranks)
             calls: dict[str, Call] = {}

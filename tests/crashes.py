@@ -72,7 +72,7 @@ class Campaign:
     def measure(self) -> dict[int, float]:
         """The losses of the run that never dies; one that is there already is taken."""
         run = Run(self.folder / "measure", self.settings | {"zero_stage": TOPOLOGIES[0][1], "token_ckpt": "1G"})
-        if not (run.folder / "log.csv").exists() or len(run.rows()) < self.updates:
+        if len(_rows(run)) < self.updates:
             self._start(run, TOPOLOGIES[0][0]).wait(MOST_SECONDS)
         return run.losses()
 
@@ -87,7 +87,7 @@ class Campaign:
     def kill(self, kill: Kill) -> bool:
         """Start, kill, wait for all to be gone; returns whether it came to its end before."""
         run = Run(self.folder / "run", self.settings | {"zero_stage": kill.topology[1]})
-        before = len(run.rows()) if (run.folder / "log.csv").exists() else 0
+        before = len(_rows(run))
         console = self.folder / f"console_{kill.number:04d}.txt"
         process = self._start(run, kill.topology[0], console)
         self._wait_for(kill, run, process, before)
@@ -105,7 +105,7 @@ class Campaign:
         kill.said = next(
             (line for line in said.splitlines() if line.startswith(("training stopped", "stopped by"))), ""
         )
-        kill.update = max((int(row["update"]) for row in run.rows()), default=0) if run.folder.exists() else 0
+        kill.update = max((int(row["update"]) for row in _rows(run)), default=0)
         self.reported |= {Path(path) for path in re.findall(r"^saved (\S+) \(", said, re.MULTILINE)}
         self.kills.append(kill)
         return f"update {self.updates} of {self.updates}" in said or "nothing is left to train" in said
@@ -153,7 +153,7 @@ class Campaign:
 
         def log_grows() -> bool:
             time.sleep(0.05)
-            return (run.folder / "log.csv").exists() and len(run.rows()) != rows
+            return len(_rows(run)) != rows
 
         def names(start: str) -> set[str]:
             with contextlib.suppress(FileNotFoundError):
@@ -175,6 +175,13 @@ class Campaign:
 
             until(one_has_gone)
         time.sleep(kill.after)
+
+
+def _rows(run: Run) -> list[dict[str, str]]:
+    """Of its log so far; a run may be killed before there is one, or while it is moved."""
+    with contextlib.suppress(FileNotFoundError):
+        return run.rows()
+    return []
 
 
 def _samples(run: Run) -> dict[int, list[str]]:

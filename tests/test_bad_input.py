@@ -299,6 +299,20 @@ TRAINING: dict[str, tuple[Prepare, list[str]]] = {
     ),
     "block of a negative size": (overlay({"aio": {"block_size": -1}}), ["aio.block_size = -1", "greater than 0"]),
     "number for a folder": (overlay({"tensorboard": {"output_path": 5}}), ["output_path = 5", "valid string"]),
+    "buffers too few for the optimizer": (
+        overlay({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "buffer_count": 1}}}),
+        ["offload_optimizer.buffer_count = 1", "must be at least 4"],
+    ),
+    "buffers too small for parameters": (
+        overlay({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "buffer_size": 1000}}}),
+        ["offload_param.buffer_size = 1000", "must be at least 1048576"],
+    ),
+    "parameters read ahead": (
+        overlay(
+            {"zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": 10, "offload_param": {"device": "nvme"}}}
+        ),
+        ["stage3_prefetch_bucket_size = 10", "reads ahead wrongly"],
+    ),
     "number for nvme's folder": (
         overlay({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": 3}}}),
         ["nvme_path = 3", "must be a valid string"],

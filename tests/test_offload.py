@@ -74,6 +74,15 @@ def test_a_recipe_is_measured_by_part(campaign: Campaign) -> None:
     assert told["tokens_per_second"] == pytest.approx(512 / told["seconds"])
 
 
+def test_a_sweep_of_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(SETTINGS), encoding="utf-8")
+    words = ["--recipes", str(tmp_path / "none"), "--updates", "0", "--device_memory", "0"]
+    assert cli.main(["offload", "--config", str(config), *words]) == 2
+    told = capsys.readouterr().err
+    assert "is no folder" in told and "--updates = 0: must be at least 1" in told and "--device_memory = 0" in told
+
+
 @pytest.mark.long
 @starts_processes
 def test_the_sweep_measures_a_recipe_and_says_why_another_came_to_nothing(

@@ -84,17 +84,13 @@ _S2O, _S3A, _S1BO = (
 _ROUND, _GROUPS = Topology(2, 2, overlay="roundrobin"), Topology(3, 2, overlay="subgroups")
 PAIRS = [
     (_S0, _S1R2),
-    (_S0, _S0R2),
     (_S1R2, _S3),
-    (_S1R2, _S1B),
     (_S2R2, _S2O),
-    (_S3R2, _S2),
     (_S3A, _S1),
     (_S1BR2, _S3BR2),
     (_S1B, _S1R2),
     (_S3BR2, _S1BO),
     (_ROUND, _GROUPS),
-    (_GROUPS, _S0),
 ]
 _PLACES = [
     Topology(stage, ranks, precision, offload)
@@ -107,7 +103,7 @@ NVME_PAIRS = [(_N, _N), (_NR2, _NR2), (_N, _NR2), (_S1BR2, _N), (_NR2, _S1B), (_
 NVME_PAIRS += [(replace(here, wide=True), replace(there, wide=True)) for here, there in NVME_PAIRS]
 _WIDE, _WIDER2 = (replace(each, overlay="widegroups", wide=True) for each in (_N, _NR2))
 NVME_PAIRS += [(_WIDE, _WIDER2), (_WIDER2, _WIDE), (_WIDER2, replace(_S1B, wide=True))]
-LONG_PAIRS = [(_S1R2, _S1), (_S2R2, _S0R2), (_S3BR2, _S1B)]
+LONG_PAIRS = [(_S1R2, _S1), (_S2R2, _S0R2), (_S3BR2, _S1B), (_S0, _S0R2), (_S1R2, _S1B), (_S3R2, _S2), (_GROUPS, _S0)]
 LONG_PAIRS += [pair for pair in list(product(_PLACES, _PLACES))[::8] if pair not in [*PAIRS, *LONG_PAIRS]]
 FILES = [_S0, _S1R2, _S1BR2]
 

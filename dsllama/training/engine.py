@@ -182,16 +182,6 @@ def unsupported_here(config: TrainingConfig, ds_config: Json) -> list[Problem]:
     if "nvme" in devices and config.checkpoint_format == "deepspeed":
         rule = "deepspeed would not bring back the state of a run that offloads to nvme: DeepSpeed's load leaves it out"
         problems.append(Problem("checkpoint_format", rule, "use checkpoint_format portable"))
-    if "nvme" in devices:
-        from deepspeed.ops.op_builder import AsyncIOBuilder
-        from torch.utils.cpp_extension import CUDA_HOME
-
-        if CUDA_HOME is None and not on_cpu:
-            rule = "to nvme compiles against CUDA's headers, and no CUDA toolkit can be found"
-            problems.append(Problem("offload", rule, "install it and set CUDA_HOME, or offload to cpu"))
-        if not AsyncIOBuilder().is_compatible(verbose=False):
-            rule = "to nvme needs the headers of libaio to build DeepSpeed's async_io"
-            problems.append(Problem("offload", rule, "apt-get install libaio-dev (or libaio-devel), or offload to cpu"))
     return problems
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes.util
 import json
 from pathlib import Path
 
@@ -53,7 +52,6 @@ def test_a_run_moves_from_any_topology_to_any_other(all_moves: Moves, here: Topo
 
 
 @pytest.mark.long
-@pytest.mark.skipif(ctypes.util.find_library("aio") is None, reason="needs libaio-dev")
 @pytest.mark.parametrize(("here", "there"), NVME_PAIRS, ids=str)
 def test_a_run_moves_to_nvme_and_back(nvme_moves: Moves, here: Topology, there: Topology) -> None:
     check(nvme_moves, here, there)
