@@ -35,7 +35,15 @@ RECIPES = {
     for name in ("zero2_cpu_offload", "zero3_cpu_optimizer", "zero3_cpu_offload")
 }
 # Wide enough for DeepSpeed to swap, and such that on two ranks a gradient begins at an odd address.
-WIDE = {"n_embd": 640, "n_layers": 1, "precision": "bf16", "zero_stage": 3, "training_tokens": 3 * 256, "max_lr": 1e-3}
+WIDE = {
+    "n_embd": 640,
+    "n_layers": 1,
+    "precision": "bf16",
+    "zero_stage": 3,
+    "training_tokens": 3 * 256,
+    "max_lr": 1e-3,
+    "warmup_iterations": 1,
+}
 OFFLOADED = {
     **{"vocab_size": 4096, "n_embd": 128, "n_heads": 8, "n_layers": 2, "batch_size": 2, "max_seq_len": 64},
     **{"tokens_per_update": 512, "training_tokens": 51200, "warmup_iterations": 1, "tokenizer_path": "none.json"},
