@@ -6,7 +6,11 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 KILLS ?= 200
 SEED ?= 1
+EVERY ?= 0
+UPDATES ?= 6000
 BIN := $(VENV)/bin
+# Python compiles what it imports; compiling all of PyTorch's files beforehand takes a minute.
+PIP := $(BIN)/python -m pip install -q --no-compile
 
 .PHONY: quickstart test long-test campaign check replay bench install clean
 
@@ -20,7 +24,7 @@ long-test: $(VENV)/.test  ## the long campaigns
 	$(BIN)/python -m pytest -m long $(ARGS)
 
 campaign: $(VENV)/.test  ## a run that is killed KILLS times and goes on, held against one that never died
-	$(BIN)/python -m tests.crashes --kills $(KILLS) --seed $(SEED)
+	$(BIN)/python -m tests.crashes --kills $(KILLS) --seed $(SEED) --every $(EVERY) --updates $(UPDATES)
 
 check: $(VENV)/.test  ## lint, layout and types
 	$(BIN)/ruff check .
@@ -43,16 +47,16 @@ $(VENV)/.torch:
 	@command -v $(PYTHON) >/dev/null || { echo "no $(PYTHON) here: install Python 3.11 or newer"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q '$(TORCH)'
+	$(PIP) '$(TORCH)'
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch setup.py
-	$(BIN)/python -m pip install -q -e .
+	$(PIP) -e .
 	@$(BIN)/python -m dsllama.quickstart
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.installed
-	$(BIN)/python -m pip install -q -e '.[test]'
+	$(PIP) -e '.[test]'
 	@touch $@
 
 clean:  ## the virtual environment and what the quickstart wrote

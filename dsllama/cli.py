@@ -124,6 +124,10 @@ def _parser() -> Parser:
         sub.add_argument("path", type=_path, help="a folder of checkpoints, or one checkpoint")
         sub.add_argument("--json", dest="as_json", action="store_true", help="for programs")
 
+    sub = add("account", _account, "where the wall clock of a run went, over all its starts")
+    sub.add_argument("path", type=_path, help="the run's folder of checkpoints")
+    sub.add_argument("--json", dest="as_json", action="store_true", help="for programs")
+
     sub = add("prune", _prune_checkpoints, "remove old checkpoints; never the only whole one", those)
     sub.add_argument("path", type=_path, help="a folder of checkpoints that no run is using")
     sub.add_argument("--keep_last", type=_count, required=True, help="keep so many of the newest")
@@ -251,6 +255,15 @@ def _show_checkpoints(path: Path, as_json: bool, read: bool) -> int:
     else:
         print("\n".join(console.table([_words_for(each, read) for each in told])) or f"no checkpoints in {path}")
     return int(read and any(each["problems"] for each in told))
+
+
+def _account(path: Path, as_json: bool) -> None:
+    from dsllama.training import account
+
+    starts = account.read(path)
+    seconds = account.total(starts)
+    told = {"goodput": account.goodput(seconds), "seconds": seconds, "starts": [vars(start) for start in starts]}
+    print(json.dumps(told, indent=1) if as_json else "\n".join(account.tables(starts)))
 
 
 def _prune_checkpoints(path: Path, as_json: bool, dry_run: bool, damaged: bool, **kept: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import platform
@@ -91,6 +92,7 @@ def available_memory() -> float:
     return min(float(psutil.virtual_memory().available), memory_limit())
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Versions of what can change a run's numbers."""
     found = {"python": platform.python_version()}

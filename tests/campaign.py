@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dsllama.training.engine import world_from_environment
-from tests import gradients
+from tests import crashes, gradients
 from tests.conftest import TINY, Run, TinyData
 from tests.launches import Call, Ended, Launch, Words
 
@@ -50,6 +50,8 @@ OFFLOADED = {
 }
 _LONGER = {"training_tokens": 24 * 256}
 _ONE_CHECKPOINT = {"token_ckpt": "1G"}  # the last one
+# That of a run that is killed; see test_crashes.py.
+NEVER_KILLED = {"zero_stage": 1, "training_tokens": 120 * 256, **crashes.SETTINGS, **_ONE_CHECKPOINT}
 TRAININGS: dict[str, dict[str, Any]] = {
     **EVERY_STAGE,
     **OWN_FILES,
@@ -136,7 +138,7 @@ class Campaign:
             )
             if not alone:
                 swapped = {"deepspeed_overlay": "ds_configs/zero3_nvme.json", "nvme_path": str(root / "nvme_wide")}
-                trainings |= {"wide": WIDE, "wide_on_nvme": WIDE | swapped}
+                trainings |= {"wide": WIDE, "wide_on_nvme": WIDE | swapped, "never_killed": NEVER_KILLED}
             whole = [self._launch(f"whole_{ranks}", ranks, trainings, self._calls(f"whole_{ranks}", ranks))]
             resumed = self._resumed(RESUMED[ranks], ranks)
             calls: dict[str, Call] = {}

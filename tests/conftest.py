@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +66,7 @@ def environment() -> dict[str, str]:
 
 # A machine may be busy with other things: nothing is called hung before this many seconds.
 PATIENCE = 1800.0
+_LAST_WORDS_SECONDS = 10.0
 # For tests that start processes: retried once, which pytest's summary shows as RERUN.
 starts_processes = pytest.mark.flaky(reruns=1)
 
@@ -91,6 +95,34 @@ def deepspeed_command(ranks: int, *script: Any) -> list[str]:
     """What a user types to train with `ranks` processes."""
     launcher = Path(sys.executable).with_name("deepspeed")
     return [str(launcher), "-q", "--num_gpus", str(ranks), "--master_port", free_port(), *map(str, script)]
+
+
+def started_ranks(ranks: int, *words: Any) -> subprocess.CompletedProcess[str]:
+    """Python with these words as so many ranks. DeepSpeed's launcher, which the tests of what users type go through,
+    takes several seconds more: it imports torch twice before a rank begins."""
+    if ranks == 1:
+        return run(sys.executable, *words)
+    with contextlib.ExitStack() as files:
+        common = {"WORLD_SIZE": ranks, "LOCAL_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        output = files.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8"))
+        command = [sys.executable, *map(str, words)]
+        started = []
+        for rank in range(ranks):
+            place = {name: str(value) for name, value in {"RANK": rank, "LOCAL_RANK": rank, **common}.items()}
+            started.append(
+                subprocess.Popen(command, cwd=REPOSITORY, env=environment() | place, stdout=output, stderr=output)
+            )
+        deadline = time.monotonic() + PATIENCE
+        while (codes := [each.poll() for each in started]) and None in codes and not any(codes):
+            assert time.monotonic() < deadline, f"{words} hangs"
+            time.sleep(0.05)
+        for each in started:  # where one has failed the others may wait for it
+            if each.poll() is None:
+                time.sleep(_LAST_WORDS_SECONDS)
+                each.kill()
+        codes = [each.wait() for each in started]
+        output.seek(0)
+        return subprocess.CompletedProcess(command, max(map(abs, codes)), output.read(), "")
 
 
 def options(settings: dict[str, Any]) -> list[str]:

@@ -1,9 +1,11 @@
 """The crash campaign: a run of two ranks is killed again and again, at random instants, and goes on each time.
 
     make campaign KILLS=200 SEED=1      or  python -m tests.crashes --kills 200 --seed 1 --folder runs/crashes
+    make campaign KILLS=12 EVERY=60     the same, killed about a minute after each start: for the account
 
 Each start is drawn from the seed alone: topology (every second one another than the first), who is killed, when. A run
-that never dies is the measure. At the end, and after each kill, `Campaign.check` holds what is there against it.
+that never dies is the measure of the losses, the loader that of the samples. At the end, and after each kill, what is
+there is held against them; the account of the run against the wall clock.
 """
 
 from __future__ import annotations
@@ -27,11 +29,14 @@ from typing import Any
 import psutil
 
 from dsllama.checkpoint.catalog import list_checkpoints, open_checkpoint
+from dsllama.training import account
 from tests.conftest import REPOSITORY, Run, TinyData, deepspeed_command, environment
 
-RANKS, KEPT, EACH_SAVE, MOST_SECONDS = 2, 3, 20, 900.0
+KEPT, MOST_SECONDS = 3, 1800.0
 # (ranks, ZeRO stage); the first is that of the measure.
 TOPOLOGIES = [(2, 1), (1, 0), (2, 0), (1, 1), (2, 2), (1, 2), (2, 3), (1, 3)]
+# A high rate learns by heart, which magnifies what topologies round otherwise.
+SETTINGS = {"shuffle": True, "log_interval": 1, "max_lr": 1e-4, "min_lr": 1e-5}
 WHO = ("rank 0", "rank 1", "ranks", "launcher", "deepspeed", "all")
 WHEN = ("resuming", "training", "saving", "publishing", "pruning")
 
@@ -58,15 +63,18 @@ class Campaign:
     data: TinyData
     updates: int
     seed: int
+    each_save: int = 20  # updates
+    every: float = 0.0  # seconds from a start to its kill, about; 0 for the instants that `WHEN` names
+    pace: float = 0.0  # seconds that each update takes longer
     kills: list[Kill] = field(default_factory=list)
     reported: set[Path] = field(default_factory=set)
+    began: float = 0.0
 
     @property
     def settings(self) -> dict[str, Any]:
         return {
-            **self.data.settings, "training_tokens": self.updates * 256, "token_ckpt": EACH_SAVE * 256,
-            "keep_last": KEPT, "shuffle": True, "load_ckpt": "auto", "log_interval": 1,
-            "max_lr": 1e-4, "min_lr": 1e-5,  # a high rate learns by heart, which magnifies what topologies round otherwise
+            **self.data.settings, "training_tokens": self.updates * 256, "token_ckpt": self.each_save * 256,
+            "keep_last": KEPT, "load_ckpt": "auto", **SETTINGS,
         }  # fmt: skip
 
     def measure(self) -> dict[int, float]:
@@ -79,6 +87,9 @@ class Campaign:
     def draw(self, number: int) -> Kill:
         """Who is killed, and when, by the seed and the number of the kill."""
         drawn = random.Random(f"{self.seed} {number}")
+        if self.every:
+            who, after = drawn.choice(WHO), drawn.uniform(0.75, 1.25) * self.every
+            return Kill(number, TOPOLOGIES[0], who, "training", after)
         topology = TOPOLOGIES[0] if number % 2 == 0 else drawn.choice(TOPOLOGIES[1:])
         when = drawn.choice(WHEN)
         after = drawn.uniform(0, 12) if when == "resuming" else drawn.uniform(0, 2 if when == "training" else 0.05)
@@ -88,6 +99,7 @@ class Campaign:
         """Start, kill, wait for all to be gone; returns whether it came to its end before."""
         run = Run(self.folder / "run", self.settings | {"zero_stage": kill.topology[1]})
         before = len(_rows(run))
+        self.began = self.began or time.time()
         console = self.folder / f"console_{kill.number:04d}.txt"
         process = self._start(run, kill.topology[0], console)
         self._wait_for(kill, run, process, before)
@@ -128,22 +140,48 @@ class Campaign:
         assert losses.keys() == expected.keys()
         worst = max(abs(losses[update] / loss - 1) for update, loss in expected.items())
         assert worst < 1e-6, f"a loss deviates by {worst:.1e}"
-        measure = Run(self.folder / "measure", self.settings)
-        assert _samples(run) == _samples(measure), "an update has seen other samples than it should"
+        assert _samples(run) == self._expected_samples(), "an update has seen other samples than it should"
         return {
             "seed": self.seed, "kills": len(self.kills), "updates": self.updates, "worst": worst,
             "same_to_the_bit": sum(losses[update] == loss for update, loss in expected.items()),
             "by": {name: Counter(getattr(kill, name) for kill in self.kills) for name in ("who", "when")},
             "slowest_end": max((kill.seconds_to_end for kill in self.kills), default=0.0),
+            **self._account(run, time.time() - self.began),
         }  # fmt: skip
+
+    def _account(self, run: Run, wall: float) -> dict[str, Any]:
+        """That of the run, whose parts must add up to the wall clock."""
+        starts = account.read(run.folder / "checkpoints")
+        seconds = account.total(starts)
+        # The last launcher looks for the end of its ranks once a second; ranks that outlive theirs overlap.
+        assert abs(sum(seconds.values()) - wall) < wall / 100 + 5, f"{seconds} are not {wall:.1f} s"
+        print("\n".join(account.tables(starts)), flush=True)
+        return {"wall": wall, "seconds": seconds, "goodput": account.goodput(seconds)}
+
+    def _expected_samples(self) -> dict[int, list[str]]:
+        """Of each update, by the loader of a single rank."""
+        from dsllama.data.loader import DatasetLoader
+
+        settings, found = self.settings, {}
+        shape = settings["batch_size"], settings["max_seq_len"], 0, 1, settings["dataset_dir"], "cpu"
+        with DatasetLoader(*shape, shuffle=True, seed=1337) as loader:
+            steps = settings["tokens_per_update"] // (settings["batch_size"] * settings["max_seq_len"])
+            for update in range(1, self.updates + 1):
+                found[update] = sorted(digest for _ in range(steps) for digest in _digests(*loader.get_batch()))
+        return found
 
     def _start(self, run: Run, ranks: int, console: Path | None = None) -> subprocess.Popen[Any]:
         out = (console or self.folder / "console_measure.txt").open("w")
         command = deepspeed_command(ranks, "--module", "tests.crashes", *run.words())
-        numbered = {**environment(), "CAMPAIGN_START": str(len(self.kills))}
+        numbered = {**environment(), "CAMPAIGN_START": str(len(self.kills)), "CAMPAIGN_PACE": str(self.pace)}
         return subprocess.Popen(command, cwd=REPOSITORY, env=numbered, stdout=out, stderr=out, start_new_session=True)
 
     def _wait_for(self, kill: Kill, run: Run, process: subprocess.Popen[Any], rows: int) -> None:
+        if self.every:
+            deadline = time.monotonic() + kill.after
+            while time.monotonic() < deadline and process.poll() is None:
+                time.sleep(0.05)
+            return
         deadline, folder = time.monotonic() + MOST_SECONDS, run.folder / "checkpoints"
 
         def until(holds: Any) -> None:
@@ -217,11 +255,11 @@ def _chosen(who: str, everyone: list[tuple[str, psutil.Process]]) -> list[psutil
     return chosen or [process for _, process in everyone]  # a rank that this topology, or this moment, lacks
 
 
-def campaign(folder: Path, data: TinyData, kills: int, updates: int, seed: int) -> dict[str, Any]:
-    """All of it; raises AssertionError, which names the kill, where something is not as it must be."""
-    folder.mkdir(parents=True, exist_ok=True)
-    made = Campaign(folder, data, updates, seed)
-    expected = made.measure()
+def campaign(made: Campaign, kills: int, expected: dict[int, float] | None = None) -> dict[str, Any]:
+    """All of it; raises AssertionError, which names the kill, where something is not as it must be. expected: the
+    losses of the run that never dies, where they are known."""
+    made.folder.mkdir(parents=True, exist_ok=True)
+    expected = expected or made.measure()
     for number in range(kills):
         kill = made.draw(number)
         print(f"{number + 1}/{kills}  {kill.topology} {kill.who} killed while {kill.when}", end=" ", flush=True)
@@ -231,28 +269,35 @@ def campaign(folder: Path, data: TinyData, kills: int, updates: int, seed: int) 
         if ended:
             break
     told = made.finish(expected)
-    (folder / "told.json").write_text(json.dumps(told, indent=1))
+    (made.folder / "told.json").write_text(json.dumps(told, indent=1))
     return told
 
 
 # ---------------------------------------------------------------- in a rank
 
 
+def _digests(x: Any, y: Any) -> list[str]:
+    """By which each sequence of a batch is known again."""
+    import torch
+
+    return [hashlib.sha256(row.numpy().tobytes()).hexdigest()[:12] for row in torch.cat([x, y], 1)]
+
+
 def rank(argv: Sequence[str]) -> None:
     """A training that notes the samples of each update, in the order of starts."""
     from dsllama.training import stopping
 
-    stop = stopping.StopRequest()
-    import torch
-
+    stop = stopping.StopRequest()  # before anything is imported that takes seconds
     from dsllama.data.loader import DatasetLoader
     from dsllama.training import trainer
     from dsllama.training.run import exit_process, main
 
     train, start = trainer.Trainer.train_one_update, int(os.environ["CAMPAIGN_START"])
+    pace = float(os.environ["CAMPAIGN_PACE"])
     digests: list[str] = []
 
     def noting(self: trainer.Trainer) -> Any:
+        time.sleep(pace)
         told = train(self)
         file = Path(self.config.log_file).with_name(f"samples_{self.world.rank}.jsonl")
         with file.open("a") as notes:
@@ -264,7 +309,7 @@ def rank(argv: Sequence[str]) -> None:
 
     def digesting(self: DatasetLoader) -> Any:
         x, y = get_batch(self)
-        digests.extend(hashlib.sha256(row.numpy().tobytes()).hexdigest()[:12] for row in torch.cat([x, y], 1))
+        digests.extend(_digests(x, y))
         return x, y
 
     DatasetLoader.get_batch = digesting  # type: ignore[method-assign]
@@ -279,11 +324,10 @@ if __name__ == "__main__":
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--updates", type=int, default=6_000)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--every", type=float, default=0.0, help="seconds from a start to its kill")
     parser.add_argument("--folder", type=Path, default=Path("runs/crashes"))
     asked = parser.parse_args()
     asked.folder.mkdir(parents=True, exist_ok=True)
-    print(
-        json.dumps(
-            campaign(asked.folder, TinyData.made(asked.folder), asked.kills, asked.updates, asked.seed), indent=1
-        )
-    )
+    data, each_save = TinyData.made(asked.folder), 200 if asked.every else 20
+    made = Campaign(asked.folder, data, asked.updates, asked.seed, each_save, asked.every)
+    print(json.dumps(campaign(made, asked.kills), indent=1))

@@ -79,18 +79,13 @@ class Launch:
         once(self.folder, self._launch)
 
     def _launch(self, folder: Path) -> None:
-        from tests.conftest import deepspeed_command, run
+        from tests.conftest import started_ranks
 
         folder.mkdir(parents=True)
         pieces = self.work.values()
         plan = [{"call": p.function, "arguments": p.arguments} if isinstance(p, Call) else {"train": p} for p in pieces]
         (folder / "work.json").write_text(json.dumps(plan), encoding="utf-8")
-        module = ["tests.launches", folder]
-        # A single rank needs no launcher.
-        alone = self.ranks == 1
-        result = run(
-            *([sys.executable, "-m", *module] if alone else deepspeed_command(self.ranks, "--module", *module))
-        )
+        result = started_ranks(self.ranks, "-m", "tests.launches", folder)
         for number, name in enumerate(self.work):
             places = [f"{number}.rank_{rank}" for rank in range(self.ranks)]
             if not all((folder / f"{place}.json").exists() for place in places):

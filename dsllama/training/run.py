@@ -32,6 +32,8 @@ from dsllama.errors import EXIT_USER_ERROR, Problem, UserError, of_system, remed
 from dsllama.locks import Hold, hold
 from dsllama.machine import versions
 from dsllama.sizes import readable
+from dsllama.training import account as accounts
+from dsllama.training.account import Account
 from dsllama.training.reporting import log_problem
 from dsllama.training.stopping import EXIT_FAILED, EXIT_STOPPED, StopRequest, command
 
@@ -52,6 +54,7 @@ def main(argv: Sequence[str], stop: StopRequest | None = None) -> int:
     """
     from dsllama.training import engine, operations
 
+    account = Account(stop.first_process() if stop is not None else None)
     console.settle()
     rank, world_size = engine.world_from_environment()
     # Other packages' own words only from warnings upward: distutils, for one, prints its compiler commands.
@@ -59,11 +62,12 @@ def main(argv: Sequence[str], stop: StopRequest | None = None) -> int:
     logging.getLogger("dsllama").setLevel(logging.INFO if rank == 0 else logging.ERROR)
     holds: dict[str, Hold] = {}
     with StopRequest() if stop is None else stop as stop:  # one without a wish is false
+        stop.at_the_end = account.close
         try:
             config = parse(argv, "deepspeed launch/train.py", "Pretrain a Llama-style model.", _SIZES)
             job = prepare(config, rank, world_size, holds)
             operations.make_ready(job.ds_config, is_main=rank == 0)
-            return _train(job, rank, world_size, holds.get("ckpt_dir"), stop)
+            return _train(job, rank, world_size, holds.get("ckpt_dir"), stop, account)
         except UserError as error:
             # The same on every rank, or, where data turn out bad on the way, of the one that reads them.
             return complain(str(error), rank, EXIT_USER_ERROR)
@@ -72,6 +76,7 @@ def main(argv: Sequence[str], stop: StopRequest | None = None) -> int:
             text = f"{traceback.format_exc()}training stopped by this error of rank {rank} on {socket.gethostname()}"
             return complain(f"{text}. {stop.last_words()}", rank, EXIT_FAILED)
         finally:
+            account.close("failed")
             for each in reversed(holds.values()):
                 each.release()
 
@@ -87,7 +92,7 @@ def _take(config: TrainingConfig, holds: dict[str, Hold], problems: list[Problem
         holds["ckpt_dir"] = hold(Path(config.ckpt_dir) / LOCK, "ckpt_dir", config.ckpt_dir, other)
 
 
-def _train(job: Job, rank: int, world_size: int, ckpt_dir: Hold | None, stop: StopRequest) -> int:
+def _train(job: Job, rank: int, world_size: int, ckpt_dir: Hold | None, stop: StopRequest, account: Account) -> int:
     # Only now: torch's distributed and DeepSpeed's engine take seconds to import.
     from dsllama import selftest
     from dsllama.training import engine, swap
@@ -105,9 +110,11 @@ def _train(job: Job, rank: int, world_size: int, ckpt_dir: Hold | None, stop: St
         return 0
     if world.is_main:
         print("\n".join(_head(job)), flush=True)
+    world.ask_main(_make_notes, job, account)
     stop.phase("during the self-test")
     earlier = job.resume_from.manifest.get("self_test") if job.resume_from else None
-    verdict, told = selftest.of_run(job.config, job.derived, job.ds_config, world, earlier)
+    with account.part("self-test"):
+        verdict, told = selftest.of_run(job.config, job.derived, job.ds_config, world, earlier)
     world.say(told)
     if verdict["result"] == "failed":
         return complain("", rank, EXIT_FAILED)
@@ -118,14 +125,16 @@ def _train(job: Job, rank: int, world_size: int, ckpt_dir: Hold | None, stop: St
             if folder and world.local_rank == 0:
                 share = engine.local_size() / world_size
                 print(swap.pace(folder, swap.traffic(job.ds_config, job.derived.parameters, share)), flush=True)
-            trainer = Trainer(job, world, stop, ckpt_dir, swap.placed(job.ds_config, folder))
-            world.ask_main(_make_notes, job)
+            trainer = Trainer(job, world, stop, ckpt_dir, swap.placed(job.ds_config, folder), account)
             stopped_by = trainer.run()
         except TrainingFailed as error:
             # Every rank has come to the same, so one says it.
             return complain(f"training stopped: {error}" if world.is_main else "", rank, EXIT_FAILED)
     # The launcher ends the others as soon as one has left; the first one still has to say how it went.
     stop.siblings = {}
+    account.close(f"stopped by {stopped_by}" if stopped_by else "finished")
+    if world.is_main:
+        print("\n".join(accounts.summary(Path(job.config.ckpt_dir))), flush=True)
     world.tell(None)
     return EXIT_STOPPED if stopped_by else 0
 
@@ -148,8 +157,8 @@ def _as_the_first_rank(job: Job, world: World) -> Job:
     return dataclasses.replace(job, resume_from=chosen, init_from=init_from)
 
 
-def _make_notes(job: Job) -> None:
-    """Clear up in ckpt_dir and note what is started. Raises UserError."""
+def _make_notes(job: Job, account: Account) -> None:
+    """Clear up in ckpt_dir, note what is started, and keep account of it from now on. Raises UserError."""
     from dsllama.training.health import SKIPPED_SAMPLES
     from dsllama.training.trainer import run_files
 
@@ -159,7 +168,7 @@ def _make_notes(job: Job) -> None:
     try:
         if job.resume_from is None:
             (ckpt_dir / SKIPPED_SAMPLES).unlink(missing_ok=True)  # of a run whose checkpoints are gone
-        note_start(ckpt_dir, run_files(job))
+        account.keep(note_start(ckpt_dir, run_files(job)))
     except OSError as error:
         raise UserError(of_system(error)) from None
 

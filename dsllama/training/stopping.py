@@ -45,12 +45,14 @@ class StopRequest:
     after the first, ends the process at once; the launcher, which passes signals on, is another sender than all others.
     began: when this was made.
     siblings: process numbers of this host's other ranks, by rank. last_words: what the user does next.
+    at_the_end: told how it ends, where the process leaves at once.
     """
 
     def __init__(self) -> None:
         self.cause, self.began = "", time.monotonic()
         self.siblings: dict[int, int] = {}
         self.last_words: Callable[[], str] = lambda: "Nothing had been trained, nothing is lost."
+        self.at_the_end: Callable[[str], None] = lambda _: None
         self._phase, self._first, self._from_launcher, self._closed = "while it was starting", 0.0, False, False
         self._launcher = _launcher_at_the_start()
         # nohup has SIGHUP ignored.
@@ -74,6 +76,15 @@ class StopRequest:
         for number in self._heard:
             signal.signal(number, self._before[number])
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self._heard)
+
+    def first_process(self) -> int:
+        """What was started first of all that this process owes its start to: a launcher, or itself."""
+        for process in reversed(self._launcher or ()):
+            with contextlib.suppress(OSError):
+                command = Path(f"/proc/{process}/cmdline").read_bytes()
+                if process and (b"deepspeed" in command or b"torch" in command):
+                    return process
+        return os.getpid()
 
     def phase(self, what: str) -> None:
         """Say what is done from now on; empty once an update has been made. Before that a request is met here."""
@@ -131,6 +142,7 @@ class StopRequest:
             self._end(f"training stopped: {what}. {self.last_words()}", EXIT_FAILED)
 
     def _end(self, text: str, code: int) -> NoReturn:
+        self.at_the_end(text.partition(". ")[0])
         for folder in LEFTOVERS:
             shutil.rmtree(folder, ignore_errors=True)
         with contextlib.suppress(OSError, ValueError):

@@ -15,7 +15,6 @@ import math
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -37,6 +36,7 @@ from dsllama.model import IGNORE_INDEX, LLaMaTransformer
 from dsllama.sizes import readable, readable_duration
 from dsllama.training import checkpoint as checkpoints
 from dsllama.training import engine as deepspeed_engine
+from dsllama.training.account import Account
 from dsllama.training.engine import World
 from dsllama.training.health import SKIPPED_SAMPLES, Health, Trouble, differing_replicas, note_skipped, read_skipped
 from dsllama.training.reporting import Report, Row, perplexity
@@ -115,9 +115,12 @@ class Trainer:
         stop: StopRequest,
         hold: Hold | None = None,
         ds_config: dict[str, Any] | None = None,
+        account: Account | None = None,
     ) -> None:
         """hold: the first rank's, on ckpt_dir. ds_config: what the engine is built from, if not the job's."""
         self.job, self.world, self.stop, self.hold = job, world, stop, hold
+        self.account = account or Account()
+        self.account.enter("engine")
         self.config, self.derived, self.loader = job.config, job.derived, job.loader
         torch.manual_seed(self.config.seed)
         layout = job.parallel_layout
@@ -138,6 +141,7 @@ class Trainer:
             self._resume(job.resume_from)
         elif job.init_from is not None:
             self._begin_with(job.init_from)
+        self.account.enter("engine")
         self.first_update = self.update + 1
         self.saver = Saver(Path(self.config.ckpt_dir), world, self.engine, self.config.checkpoint_format)
         self.saved: list[Saved] = []  # not yet in a row
@@ -153,6 +157,7 @@ class Trainer:
         self.peak_flops = peak * 1e12 * world.size if peak else None
         self.report: Report | None = None
         self.learning_rate = 0.0
+        self._lap = 0, 0.0  # tokens and seconds of training as of the last row
         self.all_have_written = False
         self.longest_update = self.longest_save = 0.0
         self.updates_lost = 0  # to rollbacks
@@ -169,7 +174,8 @@ class Trainer:
                 self.report = Report(Path(config.log_file), tensorboard_dir(config), self.update, self.tokens)
                 at_the_end.callback(self._close_report)  # a rollback opens another one
             at_the_end.callback(self._wait_for_housekeeping)
-            self.clock = Stopwatch()
+            self.account.enter("rest")
+            self._began = time.perf_counter()
             self.stop.last_words = self._last_good
             self.stop.phase("before its first update had been made")
             while self.update < updates and not stopped_by:
@@ -179,7 +185,9 @@ class Trainer:
                 self.scheduler.step(self.update)
                 # The rate of this update: at its end DeepSpeed sets the next one.
                 self.learning_rate = self.scheduler.get_current_lr()
-                made = self.train_one_update()
+                with self.account.one_update():
+                    made = self.train_one_update()
+                self.account.made(self.update)
                 loss, grad_norm = made.loss, made.grad_norm
                 self.stop.phase("")
                 if self.saver.busy and self.all_have_written:
@@ -239,7 +247,7 @@ class Trainer:
 
     def _attempt(self, applies_spikes: bool = False) -> Made:
         steps, first = self.derived.gradient_accumulation_steps, self.update == self.first_update
-        after_the_first = (lambda: self._say_when(self.clock.seconds, steps)) if first else lambda: None
+        after_the_first = (lambda: self._say_when(self._seconds, steps)) if first else lambda: None
         self._pass_skipped_samples()
         position, before, left_out = self.loader.consumed_samples, deepspeed_engine.skips(self.engine), False
 
@@ -248,8 +256,9 @@ class Trainer:
             left_out = self.health.spike(self._over_all_ranks(sums)) is not None
             return left_out
 
+        get_batch = self.account.timing("data", self.loader.get_batch)
         spikes = leave_out if self.health.watches and not applies_spikes else None
-        own, grad_norm = deepspeed_engine.update(self.engine, self.loader.get_batch, steps, after_the_first, spikes)
+        own, grad_norm = deepspeed_engine.update(self.engine, get_batch, steps, after_the_first, spikes)
         own[0] *= self.config.batch_size * self.config.max_seq_len  # the model divides by all positions
         # One all-reduce for these, stop requests, ranks whose part of a save is written, and ranks that could not.
         sums = torch.cat([own, own.new_tensor([bool(self.stop), *self.saver.progress()])])
@@ -321,6 +330,16 @@ class Trainer:
         return (self.update - self.first_update + 1 + self.updates_lost) * self.config.tokens_per_update
 
     @property
+    def _seconds(self) -> float:
+        """Since the loop began."""
+        return time.perf_counter() - self._began
+
+    @property
+    def _training_seconds(self) -> float:
+        """Of those, what is training, and neither evaluations, samples nor checkpoints."""
+        return self.account.spent("first update", "steps", "data", "rest")
+
+    @property
     def _skipped(self) -> int:
         """Updates of this process that have not changed the weights."""
         return self.skips.count - self.skips_before.count
@@ -330,7 +349,7 @@ class Trainer:
     def _log(self, loss: float, grad_norm: float | None, validation: float | None) -> None:
         if self.report is None:
             return
-        rate, elapsed = self.clock.rate(self._tokens_here), self.clock.seconds
+        rate, elapsed = self._rate(), self._seconds
         done, saving = self.update - self.first_update + 1, sum(save.seconds for save in self.saved)
         flops = rate * self.derived.flops_per_token
         row = Row(
@@ -357,12 +376,18 @@ class Trainer:
         self.saved.clear()
         self.report.row(row, self.derived.updates, elapsed / done * (self.derived.updates - self.update))
 
+    def _rate(self) -> float:
+        """Tokens per second of training since the last call."""
+        tokens, seconds = self._lap
+        self._lap = self._tokens_here, self._training_seconds
+        return (self._lap[0] - tokens) / max(self._lap[1] - seconds, 1e-9)
+
     @torch.no_grad()
     def _evaluate(self) -> float:
         """Mean loss over the whole held-out part, over all ranks."""
         assert self.job.validation is not None
         sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
-        with self.clock.paused():
+        with self.account.part("evaluation"):
             self.engine.eval()
             for x, y in self.job.validation.validation_batches():
                 sums[0] += self.engine(x, y) * y.numel()
@@ -374,7 +399,7 @@ class Trainer:
     def _sample(self) -> None:
         """Generate from each prompt. On every rank, since under ZeRO-3 each holds a part of the weights."""
         partitioned = self.world.size > 1 and self.job.parallel_layout["zero_stage"] == 3
-        with self.clock.paused():
+        with self.account.part("evaluation"):
             texts = [
                 self.engine.module.generate(
                     prompt,
@@ -413,13 +438,14 @@ class Trainer:
             "seed": config.seed,
             "versions": versions(),
             "self_test": self.job.self_test,
+            "account": self.account.snapshot(),
         }
         # The tokenizer that the run began with: the file may have been moved, or trained anew, since.
         attachments = {**run_files(self.job), "tokenizer.json": self.job.tokenizer.content}
         needed = expected_bytes(self.derived.parameters, config.checkpoint_format)
         if self.saver.busy:  # the disk is slower than the saves are frequent
             self._settle(last=False)
-        with self.clock.paused():
+        with self.account.part("saves"):
             try:
                 self.saver.begin(self.update, manifest, attachments, self.loader.first_sequence(), needed, since)
             except OSError as error:
@@ -432,7 +458,7 @@ class Trainer:
         """Publish the save under way, when all ranks have written; wait for them if they have not."""
         update = self.saver.update
         self._why_the_folder_is_gone()  # then what is half written is gone too, and the saver says so
-        with self.clock.paused():
+        with self.account.part("saves"):
             try:
                 saved = self.saver.settle()
             except OSError as error:
@@ -448,7 +474,7 @@ class Trainer:
         print(f"saved {saved.checkpoint.path} ({cost}; {saved.megabytes_per_second:.0f} MB/s)", flush=True)
         if not last:
             self._say_how_it_stops(saved.seconds)
-        with self.clock.paused():
+        with self.account.part("saves"):
             self._wait_for_housekeeping()
         self.housekeeping = threading.Thread(target=self._keep_house, args=(saved.checkpoint,), daemon=True)
         self.housekeeping.start()
@@ -491,16 +517,19 @@ class Trainer:
         """Take up its weights; where they are damaged, those of the newest before it in the folder that was given."""
         older = partial(older_whole, self.config.init_from or "", logger.warning, where="init_from")
         take_up = partial(checkpoints.begin_with, world=self.world, engine=self.engine)
-        with_first_whole(source, take_up, partial(self.world.ask_main, older))
+        with self.account.part("restore"):
+            with_first_whole(source, take_up, partial(self.world.ask_main, older))
 
     def _resume(self, source: Checkpoint) -> None:
         fresh = self.scheduler.state_dict()
         try:
-            source = with_first_whole(source, self._load, self._next_whole)
+            with self.account.part("restore"):
+                source = with_first_whole(source, self._load, self._next_whole)
         except RuntimeError as error:
             raise TrainingFailed(f"the checkpoint could not be loaded: {error}") from None
         self.last_checkpoint = source
         self.update = source.update
+        self.account.resumed(source.update, source.manifest.get("account"))
         self.streak = Streak(**source.manifest.get("skipping", {}))
         noted = self.world.ask_main(read_skipped, Path(self.config.ckpt_dir), self.loader.identity)
         self.health.load_state_dict(source.manifest.get("health", {}), noted)
@@ -654,49 +683,17 @@ class Trainer:
     # ------------------------------------------------------------ round the loop
 
     def _summarize(self, loss: float, stopped_by: str) -> None:
-        rate = readable(self._tokens_here / max(self.clock.training_seconds, 1e-9))
+        rate = readable(self._tokens_here / max(self._training_seconds, 1e-9))
         print(
             f"stopped by {stopped_by} after" if stopped_by else "finished:",
             f"update {self.update} of {self.derived.updates}, {readable(self.tokens)} tokens, loss {loss:.4f},",
-            f"{rate} tok/s, {readable_duration(self.clock.seconds)}"
+            f"{rate} tok/s, {readable_duration(self._seconds)}"
             + (f"; {self._skipped} updates skipped" if self._skipped else ""),
         )
         if self.last_checkpoint is not None:
             print(f"checkpoint   {self.last_checkpoint.path}\nlog          {self.config.log_file}")
         if stopped_by:
             print("go on with   the same command and --load_ckpt true")
-
-
-class Stopwatch:
-    """Tells how long this process has trained, without what is not training (evaluations, samples, checkpoints)."""
-
-    def __init__(self) -> None:
-        self._started = time.perf_counter()
-        self._idle = 0.0
-        self._lap_seconds, self._lap_tokens = 0.0, 0
-
-    @property
-    def seconds(self) -> float:
-        """All of it."""
-        return time.perf_counter() - self._started
-
-    @property
-    def training_seconds(self) -> float:
-        return self.seconds - self._idle
-
-    def rate(self, tokens: int) -> float:
-        """Tokens per second of training since the last call; `tokens` are counted from the start."""
-        seconds = self.training_seconds
-        rate = (tokens - self._lap_tokens) / max(seconds - self._lap_seconds, 1e-9)
-        self._lap_seconds, self._lap_tokens = seconds, tokens
-        return rate
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Keep what happens within out of `training_seconds`."""
-        began = time.perf_counter()
-        yield
-        self._idle += time.perf_counter() - began
 
 
 def is_sample_update(update: int, config: TrainingConfig) -> bool:
