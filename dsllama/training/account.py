@@ -269,6 +269,7 @@ def tables(starts: list[Start]) -> list[str]:
     head = ["start", "began", "ran", "updates", *columns, "= recovery", "steps", "lost", "ended"]
     rows = [head]
     for start in starts:
+        ended = start.ended or ("killed" if start is not starts[-1] else "killed, or runs")
         way = start.recovery and {part: start.recovery.get(part, 0.0) for part in columns}
         if way and start.recovery:  # what of the first update was waiting for data
             way[_FIRST] += sum(start.recovery.values()) - sum(way.values())
@@ -276,7 +277,7 @@ def tables(starts: list[Start]) -> list[str]:
             str(start.number), time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(start.began)), _s(start.wall),
             f"{start.resumed_from} -> {start.update}" if start.updates else "none",
             *(_s(way[part]) if way else "" for part in columns), _s(sum(way.values())) if way else "",
-            _s(start.seconds["steps"]), _s(start.seconds["lost"]), (start.ended or ("killed" if start is not starts[-1] else "killed, or runs"))[:70],
+            _s(start.seconds["steps"]), _s(start.seconds["lost"]), ended[:70],
         ])  # fmt: skip
     seconds = total(starts)
     wall = sum(seconds.values())
