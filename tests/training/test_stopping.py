@@ -18,6 +18,7 @@ import pytest
 from dsllama.checkpoint.catalog import list_checkpoints
 from tests.campaign import Campaign
 from tests.conftest import PATIENCE, REPOSITORY, Run, TinyData, deepspeed_command, environment, run, starts_processes
+from tests.phases import AFTER_THE_LAST, BEFORE_THE_FIRST_UPDATE, PHASES
 from tests.processes import start, wait_for_rows
 
 pytestmark = starts_processes
@@ -28,9 +29,13 @@ RANKS = 2
 class Job:
     """A training under DeepSpeed's launcher, and its processes."""
 
-    def __init__(self, trained: Run) -> None:
-        self.trained = trained
-        self.process = start(*deepspeed_command(RANKS, "launch/train.py", *trained.words()))
+    def __init__(self, trained: Run, phase: str = "training") -> None:
+        self.trained, self.phase = trained, phase
+        script: list[Any] = ["launch/train.py"]
+        if phase in PHASES:
+            self.there = trained.folder.with_name("phase")
+            script = ["--module", "tests.phases", phase, self.there]
+        self.process = start(*deepspeed_command(RANKS, *script, *trained.words()))
 
     def ranks(self) -> list[psutil.Process]:
         """Those that run our code, by rank."""
@@ -41,19 +46,22 @@ class Job:
                 found[int(words[0].partition("=")[2])] = child
         return [found[rank] for rank in sorted(found)]
 
-    def wait_for(self, phase: str) -> None:
-        """Until it is there."""
-        if phase == "training":
+    def wait(self) -> None:
+        """Until the phase is there."""
+        if self.phase == "training":
             wait_for_rows(self.trained.folder / "log.csv", 5, self.process)
             return
         deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
             try:
-                if len(self.ranks()) == RANKS and (phase == "import" or self.trained.folder.exists()):
+                if len(self.ranks()) == RANKS and (self.phase == "import" or self.there.exists()):
                     break
+                assert self.process.poll() is None, self.process.communicate()[0]
             except psutil.Error:
                 assert self.process.poll() is None
             time.sleep(0.1)
+        if self.phase in PHASES:
+            return
         time.sleep(0.5)  # a process listens from its first tenths of a second on
 
     def processes(self, who: str) -> list[psutil.Process]:
@@ -86,8 +94,12 @@ EXIT_CODES = {"rank 0": 75, "rank 1": 75, "ranks": 75, "launcher": 1, "deepspeed
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
 # DeepSpeed's own processes die of these two.
 FATAL = {"launcher": [signal.SIGHUP, signal.SIGUSR1], "deepspeed": SIGNALS, "all": SIGNALS}
-CASES = [("deepspeed", signal.SIGTERM, "training")]
-ALL_CASES = [case for case in product(EXIT_CODES, SIGNALS, ("import", "build", "training")) if case not in CASES]
+CASES = [
+    ("deepspeed", signal.SIGTERM, "training"),
+    ("rank 1", signal.SIGUSR1, "evaluating"),
+    ("all", signal.SIGINT, "writing a save"),
+]
+ALL_CASES = [case for case in product(EXIT_CODES, SIGNALS, ("import", "training", *PHASES)) if case not in CASES]
 
 
 @pytest.mark.parametrize(
@@ -96,18 +108,22 @@ ALL_CASES = [case for case in product(EXIT_CODES, SIGNALS, ("import", "build", "
 def test_a_signal_to_any_process_ends_all_and_loses_nothing(
     tiny_data: TinyData, tmp_path: Path, who: str, number: signal.Signals, phase: str
 ) -> None:
-    job = Job(Run(tmp_path / "run", {**tiny_data.settings, **ENDLESS}))
-    job.wait_for(phase)
+    settings = PHASES[phase][1] if phase in PHASES else {}
+    job = Job(Run(tmp_path / "run", {**tiny_data.settings, **ENDLESS, **settings}), phase)
+    job.wait()
     code, said = job.signalled(who, number)
     if number not in FATAL.get(who, []):
-        assert code == EXIT_CODES[who], said
+        assert code == (0 if phase in AFTER_THE_LAST and who.startswith("rank") else EXIT_CODES[who]), said
     assert "Traceback (most recent call last)" not in said.replace("KeyboardInterrupt", "") or who in FATAL, said
-    stopped = re.search(r"stopped by (.*?) (after|while|during|before)", said)
-    if stopped is not None and stopped[2] == "after":
-        assert_saved(job.trained)
-    else:
-        assert phase != "training", said
+    told = re.findall(r"^(finished:|stopped by [\w ]+ (?:after|while|during|before))", said, re.MULTILINE)
+    if phase == "import" or phase in BEFORE_THE_FIRST_UPDATE:
+        assert told == [] or told[0].endswith(("while", "during", "before")), said
         assert not list_checkpoints(job.trained.folder / "checkpoints")
+        return
+    if number not in FATAL.get(who, []) or who == "deepspeed":  # else the launcher may take the words with it
+        assert len(told) == 1, said
+    assert all((word == "finished:") == (phase in AFTER_THE_LAST) for word in told), said
+    assert_saved(job.trained)
 
 
 def assert_saved(trained: Run) -> dict[str, Any]:
@@ -122,7 +138,7 @@ def assert_saved(trained: Run) -> dict[str, Any]:
 @pytest.mark.long
 def test_ctrl_c_leaves_a_checkpoint_that_goes_on(tiny_data: TinyData, tmp_path: Path) -> None:
     job = Job(Run(tmp_path / "run", {**tiny_data.settings, **ENDLESS}))
-    job.wait_for("training")
+    job.wait()
     job.signalled("all", signal.SIGINT)
     manifest = assert_saved(job.trained)
     more = {**job.trained.settings, "load_ckpt": "true", "training_tokens": (manifest["update"] + 3) * 256}
@@ -144,7 +160,7 @@ def test_a_rank_whose_launcher_went_while_its_python_started_ends(mark: str, tmp
 
 def test_the_death_of_a_rank_is_named_with_what_to_do(tiny_data: TinyData, tmp_path: Path) -> None:
     job = Job(Run(tmp_path / "run", {**tiny_data.settings, **ENDLESS, "token_ckpt": 256}))
-    job.wait_for("training")
+    job.wait()
     (victim,) = job.processes("rank 1")
     _, said = job.signalled("rank 1", signal.SIGKILL)
     assert f"training stopped: rank 1 (process {victim.pid} on " in said and "was killed by SIGKILL" in said
