@@ -9,7 +9,7 @@ SEED ?= 1
 EVERY ?= 0
 UPDATES ?= 6000
 BIN := $(VENV)/bin
-# Python compiles what it imports; compiling all of PyTorch's files beforehand takes a minute.
+# What is imported is compiled below; compiling all of PyTorch's files takes a minute.
 PIP := $(BIN)/python -m pip install -q --no-compile
 
 .PHONY: quickstart test long-test campaign check replay bench install clean
@@ -52,6 +52,7 @@ $(VENV)/.torch:
 
 $(VENV)/.installed: $(VENV)/.torch setup.py
 	$(PIP) -e .
+	@env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -c 'import torch, deepspeed, deepspeed.launcher.launch, torch.utils.tensorboard, matplotlib.figure'
 	@$(BIN)/python -m dsllama.quickstart
 	@touch $@
 

@@ -125,7 +125,7 @@ def binding(config: TrainingConfig, derived: Derived, zero: ZeroSettings) -> Jso
         "train_batch_size": derived.sequences_per_update,
         "train_micro_batch_size_per_gpu": config.batch_size,
         "gradient_accumulation_steps": derived.gradient_accumulation_steps,
-        "optimizer": optimizer.optimizer_json(config, zero.offload_optimizer),
+        "optimizer": optimizer.optimizer_json(config),
         "scheduler": {
             "type": DEEPSPEED_NAME,
             "params": {

@@ -256,7 +256,7 @@ def measure(config: TrainingConfig, updates: int, device_memory: float | None) -
 
     from dsllama.model import LLaMaTransformer
     from dsllama.training import engine as deepspeed_engine
-    from dsllama.training import operations, swap
+    from dsllama.training import swap
     from dsllama.training.run import vocabulary_so_far
 
     vocab_size, _ = vocabulary_so_far(config)
@@ -271,7 +271,6 @@ def measure(config: TrainingConfig, updates: int, device_memory: float | None) -
     problems += lacking(config, derived, ds_config, 1)
     if problems:
         raise UserError(problems)
-    operations.make_ready(ds_config, is_main=True)
     world = deepspeed_engine.start(0, 1)
     on_gpu = world.device.type == "cuda"
     if on_gpu and device_memory:
@@ -376,10 +375,10 @@ class _Clock:
 
     @contextmanager
     def adam(self) -> Iterator[None]:
-        """Count what DeepSpeedCPUAdam takes, meanwhile."""
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
+        """Count what AdamW on the host takes, meanwhile."""
+        from torch.optim import AdamW
 
-        step = DeepSpeedCPUAdam.step
+        step = AdamW.step
 
         def timed(*arguments: Any, **options: Any) -> Any:
             began = time.perf_counter()
@@ -388,11 +387,11 @@ class _Clock:
             finally:
                 self.adam_seconds += time.perf_counter() - began
 
-        DeepSpeedCPUAdam.step = timed
+        AdamW.step = timed
         try:
             yield
         finally:
-            DeepSpeedCPUAdam.step = step
+            AdamW.step = step
 
     def profiled(self, work: Callable[[], Any]) -> tuple[float, int]:
         """The part of the time of `work` that copies between GPU and host take, or on a CPU between tensors; and on a

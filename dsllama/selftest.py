@@ -40,7 +40,7 @@ from dsllama.files import digest, write_atomically
 from dsllama.machine import versions
 from dsllama.training import checkpoint as checkpoints
 from dsllama.training import engine as deepspeed_engine
-from dsllama.training import operations, run, stopping, swap
+from dsllama.training import run, stopping, swap
 from dsllama.training.beside import Finding, examine
 from dsllama.training.engine import World
 from dsllama.training.reduced import Subject, reduced
@@ -226,7 +226,6 @@ def test(config: TrainingConfig, rank: int = 0, ranks: int = 1) -> int:
     ds_config = deepspeed_config(config, derived, deepspeed_engine.accelerator())
     if problems := deepspeed_engine.unsupported_here(config, ds_config):
         raise UserError(problems)
-    operations.make_ready(ds_config, is_main=rank == 0)
     world = deepspeed_engine.start(rank, ranks)
     world.say("\n".join(engine_lines(config, ds_config)))
     told, code = untestable(ds_config), 0

@@ -33,7 +33,7 @@ from dsllama.machine import missing_compiler, unusable_gpu
 from dsllama.model import IGNORE_INDEX
 from dsllama.optimizer import parameter_groups, settings_of
 from dsllama.scheduler import DEEPSPEED_NAME, Scheduler
-from dsllama.training import operations
+from dsllama.training import disk
 
 Json = dict[str, Any]
 TAG = "engine"
@@ -122,7 +122,7 @@ def start(rank: int, world_size: int) -> World:
         # Shared-memory all-reduce would be compiled at every first start (40 s) and is no faster than gloo.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     _set_default_timeout()
-    operations.settle()
+    disk.install()
     # Without it, DeepSpeed's own default of 10 minutes, bound when it was imported: a slow save by rank 0 ends the job.
     try:
         deepspeed.init_distributed(
@@ -166,15 +166,9 @@ def unsupported_here(config: TrainingConfig, ds_config: Json) -> list[Problem]:
     if config.enable_compilation and not on_cpu and (missing := missing_compiler()):
         rule = f"needs {missing} at the start"
         problems.append(Problem("enable_compilation", rule, "install it, or switch compilation off"))
-    builds_operations = bool(devices - {"none"}) and zero.get("offload_optimizer") is not None
-    if builds_operations or config.enable_compilation:
-        find_ninja()
-        tools = {"c++": "g++", "ninja": "ninja"} if builds_operations else {"c++": "g++"} if on_cpu else {}
-        packages = [package for command, package in tools.items() if shutil.which(command) is None]
-        what = "offload_optimizer" if builds_operations else "enable_compilation"
-        if packages:
-            rule = f"compiles code at the start, and {' and '.join(packages)} cannot be found"
-            problems.append(Problem(what, rule, f"install {' and '.join(packages)}, or switch it off"))
+    if config.enable_compilation and on_cpu and shutil.which("c++") is None:
+        rule = "compiles code at the start, and g++ cannot be found"
+        problems.append(Problem("enable_compilation", rule, "install g++, or switch compilation off"))
     for monitor, package in (("wandb", "wandb"), ("comet", "comet_ml")):
         # Without this, rank 0 would fail to import it and the others would wait for rank 0.
         if ds_config[monitor]["enabled"] and importlib.util.find_spec(package) is None:
@@ -183,13 +177,6 @@ def unsupported_here(config: TrainingConfig, ds_config: Json) -> list[Problem]:
         rule = "deepspeed would not bring back the state of a run that offloads to nvme: DeepSpeed's load leaves it out"
         problems.append(Problem("checkpoint_format", rule, "use checkpoint_format portable"))
     return problems
-
-
-def find_ninja() -> None:
-    """DeepSpeed and torch look for ninja on PATH; pip put it beside our Python, which need not be there."""
-    beside = str(Path(sys.executable).parent)
-    if beside not in os.environ.get("PATH", "").split(os.pathsep):
-        os.environ["PATH"] = beside + os.pathsep + os.environ.get("PATH", "")
 
 
 def build(model_factory: Callable[[], torch.nn.Module], ds_config: Json) -> tuple[Any, Scheduler]:
@@ -444,7 +431,7 @@ def _import_muon_uncompiled() -> None:
 
 def _share_cores(number: int, bind: bool) -> None:
     """Give each rank of this host its own cores, or as many threads as its share; without it every rank computes on all
-    of them at once: on a GPU, DeepSpeedCPUAdam does."""
+    of them at once: on a GPU, offloaded AdamW does."""
     if (ranks := local_size()) > 1:
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         share = len(cores) // ranks

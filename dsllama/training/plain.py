@@ -44,9 +44,7 @@ class PlainLoop:
         eager = config.model_copy(update={"activation_checkpointing": False})
         model = LLaMaTransformer(eager, None, device=world.device)
         self.dtype = DTYPES[config.precision]
-        # DeepSpeedCPUAdam computes with the decays in fp32.
-        rounded = config.offload_optimizer not in (None, "none")
-        self.decays = tuple(float(torch.tensor(b)) if rounded else b for b in (config.beta1, config.beta2))
+        self.decays = config.beta1, config.beta2
         self.initial: State = {}
         for name, weight in model.named_parameters():
             self.initial[name, "weight"] = weight.detach().to(self.dtype).double().view(-1)

@@ -52,7 +52,7 @@ def main(argv: Sequence[str], stop: StopRequest | None = None) -> int:
 
     stop: what has listened for signals since the process began.
     """
-    from dsllama.training import engine, operations
+    from dsllama.training import engine
 
     account = Account(stop.first_process() if stop is not None else None)
     console.settle()
@@ -66,7 +66,6 @@ def main(argv: Sequence[str], stop: StopRequest | None = None) -> int:
         try:
             config = parse(argv, "deepspeed launch/train.py", "Pretrain a Llama-style model.", _SIZES)
             job = prepare(config, rank, world_size, holds)
-            operations.make_ready(job.ds_config, is_main=rank == 0)
             return _train(job, rank, world_size, holds.get("ckpt_dir"), stop, account)
         except UserError as error:
             # The same on every rank, or, where data turn out bad on the way, of the one that reads them.
