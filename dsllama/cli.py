@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from dsllama import arguments, console
 from dsllama.arguments import Parser, read_with
@@ -17,6 +18,10 @@ from dsllama.errors import EXIT_USER_ERROR, Problem, UserError, is_explained, of
 from dsllama.machine import versions
 from dsllama.paths import parse_path, parse_text
 from dsllama.sizes import parse_count, parse_number, readable, readable_bytes, readable_duration
+
+if TYPE_CHECKING:
+    from dsllama.cluster.launch import Place
+    from dsllama.config import TrainingConfig
 
 Verb = Callable[..., int | None]  # the exit code, None for 0
 _CHECKPOINT = "a checkpoint, or a folder of them (the newest)"
@@ -49,8 +54,8 @@ def _parser() -> Parser:
     )
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
-    def add(name: str, verb: Verb | None, text: str, verbs: Any = verbs) -> argparse.ArgumentParser:
-        sub = verbs.add_parser(name, help=text, description=text)
+    def add(name: str, verb: Verb | None, text: str, verbs: Any = verbs, **more: Any) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=text, description=text, **more)
         sub.set_defaults(verb=verb)
         return sub
 
@@ -96,6 +101,28 @@ def _parser() -> Parser:
     sub.add_argument("--updates", type=_count, default=2, help="updates to measure of each")
     sub.add_argument("--device_memory", type=_count, default=None, help="bytes the GPU may take, such as 8G")
     sub.add_argument("--out", type=_path, default=Path("offload"), help="folder for the chart and the JSON file")
+    arguments.add_config_options(sub)
+
+    places = argparse.ArgumentParser(add_help=False)
+    places.add_argument(
+        "--hostfile", type=_path, default=None, help="NAME slots=N for each host (default: this machine)"
+    )
+    places.add_argument(
+        "--include", default="", metavar="NAME:SLOT,...@NAME", help="only these hosts, or slots of them"
+    )
+    places.add_argument("--exclude", default="", metavar="NAME:SLOT,...@NAME", help="all but these")
+    places.add_argument("--master_addr", default="", help="address of the first host (default: its first)")
+    places.add_argument("--master_port", type=_count, default=None, help="port of the first host (default: 29500)")
+    places.add_argument("--ssh_port", type=_count, default=None, help="of all hosts")
+
+    sub = add("launch", _launch, "train: on this machine, or on the hosts of a hostfile", parents=[places])
+    sub.add_argument("--processes", type=_count, default=None, help="on this machine (default: one for each GPU)")
+    sub.add_argument("--dry_run", action="store_true", help="check, and print the command only")
+    sub.add_argument("--no_check", action="store_true", help="do not ask the hosts before")
+    arguments.add_config_options(sub)
+
+    sub = add("doctor", _doctor, "what keeps these hosts from training together", parents=[places])
+    sub.add_argument("--json", dest="as_json", action="store_true", help="for programs")
     arguments.add_config_options(sub)
 
     sub = add("plot-schedule", _plot_schedule, "draw the three learning-rate schedules")
@@ -232,6 +259,64 @@ def _offload(recipes: Path | None, updates: int, device_memory: int | None, out:
 
     config = arguments.config_from(argparse.Namespace(**fields))
     return offload.sweep(config, recipes or offload.RECIPES, updates, device_memory, out)
+
+
+def _launch(dry_run: bool, no_check: bool, processes: int | None, **options: Any) -> int | None:
+    from dsllama.cluster import doctor, launch
+    from dsllama.derived import derive
+    from dsllama.training.run import vocabulary_so_far
+
+    place, words, config = _place(options, processes)
+    assert config is not None
+    hosts = place.hosts()
+    if hosts is not None:  # before anybody waits for a host
+        derive(config, sum(map(len, hosts.values())), vocabulary_so_far(config)[0])
+    command = launch.command(place, hosts, words)
+    if hosts is not None and not no_check:
+        found = doctor.examine(place, hosts, words, config, quick=True)
+        if found.problems:
+            print("\n".join(found.lines()), file=sys.stderr)
+            print("nothing was started (--no_check starts all the same)", file=sys.stderr)
+            return EXIT_USER_ERROR
+    print("starting     " + shlex.join(command), flush=True)
+    if not dry_run:
+        launch.become(command)
+    return None
+
+
+def _doctor(as_json: bool, **options: Any) -> int:
+    from dsllama.cluster import doctor
+
+    given = any(options[name] is not None for name in ("config",)) or any(
+        name in options for name in arguments.TrainingConfig.model_fields
+    )
+    place, words, config = _place(options, wanted=given)
+    found = doctor.examine(place, place.hosts(), words, config)
+    print(json.dumps(found.as_json(), indent=1) if as_json else "\n".join(found.lines()))
+    return int(bool(found.problems))
+
+
+def _place(
+    options: dict[str, Any], processes: int | None = None, wanted: bool = True
+) -> tuple[Place, list[str], TrainingConfig | None]:
+    """(where to train, the training's words, its configuration) of a command line; without the last two if no
+    configuration is wanted. Raises UserError with what is wrong with any of it."""
+    from dsllama.cluster.launch import Place, training_words
+
+    names = ("hostfile", "include", "exclude", "master_addr", "master_port", "ssh_port")
+    place = Place(processes=processes, **{name: options.pop(name) for name in names})
+    if not wanted:
+        return place, [], None
+    words = training_words(options["config"], options)
+    problems: list[Problem] = []
+    for check in (place.hosts, partial(arguments.config_from, argparse.Namespace(**options))):
+        try:
+            found = check()
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(problems)
+    return place, words, cast("TrainingConfig", found)
 
 
 def _plot_schedule(**options: Any) -> None:

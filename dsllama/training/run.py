@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from dsllama import arguments, console
 from dsllama.checkpoint.retention import LOCK, tidy
+from dsllama.cluster import environment
 from dsllama.config import TrainingConfig
 from dsllama.data.loader import DatasetLoader
 from dsllama.data.manifest import Manifest
@@ -56,6 +57,10 @@ def main(argv: Sequence[str], stop: StopRequest | None = None) -> int:
 
     account = Account(stop.first_process() if stop is not None else None)
     console.settle()
+    try:
+        environment.adopt(os.environ)
+    except UserError as error:  # the same of all
+        return complain("" if environment.number(os.environ) else str(error), 0, EXIT_USER_ERROR)
     rank, world_size = engine.world_from_environment()
     # Other packages' own words only from warnings upward: distutils, for one, prints its compiler commands.
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
