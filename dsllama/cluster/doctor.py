@@ -111,6 +111,8 @@ def examine(
         well = [p for p in patients if not p.failure and "config_error" not in p.facts]
         if len(well) > 1 and not quick:
             ckpt_dir = str(config.ckpt_dir) if config is not None else ""
+            if "error" in patients[0].facts.get("port", {}):  # which has been said
+                port = patients[0].facts["other_port"]
             problems += _together(ask, place, well, [files[patients.index(p)] for p in well], ckpt_dir, port)
     finally:
         if config is not None:
@@ -141,7 +143,13 @@ class _Asking:
         complaints: list[str] = []
         reader = threading.Thread(target=lambda: complaints.extend(process.stderr or ()), daemon=True)
         reader.start()
-        timer = threading.Timer(max(0.1, deadline - time.monotonic()), process.kill)
+        hung = threading.Event()
+
+        def give_up() -> None:
+            hung.set()
+            process.kill()
+
+        timer = threading.Timer(max(0.1, deadline - time.monotonic()), give_up)
         timer.start()
         last: dict[str, Any] = {}
         assert process.stdout is not None
@@ -154,13 +162,14 @@ class _Asking:
                 else:
                     patient.facts |= last
         code = process.wait()
-        hung = not timer.is_alive()
         timer.cancel()
         reader.join(1)
         if code != 0 and what == "facts":
-            patient.failure, patient.remedy = self._explained(patient.name, "".join(complaints), hung)
+            patient.failure, patient.remedy = self._explained(patient.name, "".join(complaints), hung.is_set())
         elif code != 0:
-            patient.facts.setdefault("rounds_error", "did not answer in time" if hung else "".join(complaints)[-300:])
+            patient.facts.setdefault(
+                "rounds_error", "did not answer in time" if hung.is_set() else "".join(complaints)[-300:]
+            )
 
     def _command(self, name: str, words: Sequence[str]) -> list[str]:
         if name == "localhost":

@@ -44,6 +44,7 @@ def facts(asked: Json) -> Json:
     found["shm"] = _free("/dev/shm")
     if asked["port"] is not None:
         found["port"] = _attempt(lambda: _bind(asked["port"]))
+        found["other_port"] = _bind(0)
     from dsllama.files import digest
     from dsllama.machine import available_memory, unusable_gpu, versions
 
@@ -100,11 +101,11 @@ def _attempt(ask: Callable[[], Any]) -> Json:
         return {"error": " ".join(str(getattr(error, "strerror", None) or error).split())[:300]}
 
 
-def _bind(port: int) -> bool:
+def _bind(port: int) -> int:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(("", port))
-    return True
+        return int(probe.getsockname()[1])
 
 
 def _free(place: str | Path) -> float | None:

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import yaml
-from dsllama.cluster.launch import for_remote_shell
-from tests.hosts import DSLLAMA, Hosts, why_not
 
+from dsllama.cluster.launch import for_remote_shell
 from tests.campaign import Campaign
 from tests.conftest import REPOSITORY, Run, TinyData, run, starts_processes
+from tests.hosts import DSLLAMA, Hosts, why_not
 
 pytestmark = starts_processes
 
