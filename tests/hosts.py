@@ -35,10 +35,19 @@ def why_not() -> str:
     if os.geteuid() != 0:
         return "several hosts need root"
     name = f"dsl{os.getpid()}probe"
-    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, check=False)
-    if made.returncode:
-        return f"several hosts need network namespaces: {made.stderr.strip()}"
-    subprocess.run(["ip", "netns", "del", name], check=True)
+    needed = [
+        f"ip netns add {name}",
+        f"ip -n {name} link add br0 type bridge",
+        f"ip -n {name} link add one type veth peer two",
+        f"ip netns exec {name} unshare --uts --pid --mount --fork --mount-proc --kill-child true",
+    ]
+    try:
+        for command in needed:
+            made = subprocess.run(command.split(), capture_output=True, text=True, check=False)
+            if made.returncode:
+                return f"several hosts need network namespaces: {command}: {made.stderr.strip()}"
+    finally:
+        subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
     return ""
 
 
@@ -101,7 +110,12 @@ class Hosts:
         settings.write_text(
             f"HostKey {self.folder}/host_{name}\nAuthorizedKeysFile {self.folder}/{keys}\nStrictModes no\nUsePAM no\n"
             f"UseDNS no\nPermitRootLogin yes\nPidFile none\nMaxStartups 100\n"
-            + "".join(f"SetEnv {variable}={value}\n" for variable, value in environment.items())
+            # Of several such lines sshd takes the first.
+            + (
+                " ".join(["SetEnv", *(f"{variable}={value}" for variable, value in environment.items())])
+                if environment
+                else ""
+            )
         )
         script = f"hostname {name}; mkdir -p /run/sshd; exec {below} {SSHD} -D -e -f {settings}"
         log = (self.folder / f"sshd_{name}.log").open("wb")
