@@ -12,16 +12,21 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
+import select
 import shutil
 import signal
 import socket
+import stat
 import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from dsllama.cluster.liveness import Hub, Link
 
 EXIT_FAILED = 1
 # What a run returns when it was stopped and has saved: "try again later" in sysexits.h, for a scheduler to requeue.
@@ -45,7 +50,7 @@ class StopRequest:
     after the first, ends the process at once; the launcher, which passes signals on, is another sender than all others.
     began: when this was made.
     siblings: process numbers of this host's other ranks, by rank. last_words: what the user does next.
-    at_the_end: told how it ends, where the process leaves at once.
+    at_the_end: told how it ends, where the process leaves at once. liveness: this rank's tie to the first one.
     """
 
     def __init__(self) -> None:
@@ -53,6 +58,8 @@ class StopRequest:
         self.siblings: dict[int, int] = {}
         self.last_words: Callable[[], str] = lambda: "Nothing had been trained, nothing is lost."
         self.at_the_end: Callable[[str], None] = lambda _: None
+        self.liveness: Hub | Link | None = None
+        self._output = _readers()
         self._phase, self._first, self._from_launcher, self._closed = "while it was starting", 0.0, False, False
         self._launcher = _launcher_at_the_start()
         # nohup has SIGHUP ignored.
@@ -92,8 +99,13 @@ class StopRequest:
         if what and self:
             self._leave()
 
+    def ask(self, cause: str) -> None:
+        """Have the run stop, as a signal does."""
+        if not self:
+            self._ask(cause, from_launcher=False)
+
     def mourn(self) -> None:
-        """Where another rank of this host has died, say so and end; else return. Takes two seconds."""
+        """Where another rank has died, say so and end; else return. Takes two seconds."""
         deadline = time.monotonic() + _MOURNING_SECONDS
         while time.monotonic() < deadline:
             self._look_for_the_dead()
@@ -106,6 +118,9 @@ class StopRequest:
                 self._request(told.si_signo, self._launcher is not None and told.si_pid == self._launcher[0])
             elif self._launcher is not None and not self and _launcher() != self._launcher:
                 self._ask("the end of its launcher", from_launcher=True)
+            elif self._output and not self and not self._output <= _readers():
+                # On another host that is all that is seen of it: sshd closes what its session wrote to.
+                self._ask("the end of who read its output", from_launcher=True)
             self._look_for_the_dead()
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
@@ -127,28 +142,44 @@ class StopRequest:
         if rank != 0:
             time.sleep(_SECOND_REQUEST_SECONDS)  # the first rank has had the same, most likely, and says it for all
         told = f"stopped by {self.cause} {self._phase}. {self.last_words()}"
-        self._end(f"rank {rank}: {told}" if rank else told, EXIT_STOPPED)
+        self.end(f"rank {rank}: {told}" if rank else told, EXIT_STOPPED)
 
     def _look_for_the_dead(self) -> None:
         for rank, process in self.siblings.items():
             how = _end_of(process)
             if how is None or self._closed:
                 continue
+            if how and self.liveness is not None and self.liveness.died(rank, how):
+                continue  # the first one says it
             if how == "":  # it has spoken for itself, and what it was needed for would never come
-                self._end("", EXIT_FAILED)
+                self.end("", EXIT_FAILED)
             if min(set(self.siblings) - {rank}, default=sys.maxsize) < int(os.environ.get("RANK", 0)):
                 time.sleep(_MOURNING_SECONDS)  # that one says it
             what = f"rank {rank} (process {process} on {socket.gethostname()}) {how}"
-            self._end(f"training stopped: {what}. {self.last_words()}", EXIT_FAILED)
+            self.end(f"training stopped: {what}. {self.last_words()}", EXIT_FAILED)
 
-    def _end(self, text: str, code: int) -> NoReturn:
+    def end(self, text: str, code: int) -> NoReturn:
+        """End this process at once, and with it the others, with these words."""
         self.at_the_end(text.partition(". ")[0])
         for folder in LEFTOVERS:
             shutil.rmtree(folder, ignore_errors=True)
+        if self.liveness is not None:
+            text = self.liveness.end(text, code)
         with contextlib.suppress(OSError, ValueError):
             if text:
                 print(text, file=sys.stderr if code == EXIT_FAILED else sys.stdout, flush=True)
         os._exit(code)
+
+
+def _readers() -> set[int]:
+    """Which of the standard output and error somebody still reads, where they are pipes or sockets."""
+    poll, heard = select.poll(), set()
+    for stream in (1, 2):
+        with contextlib.suppress(OSError):
+            if stat.S_ISFIFO(mode := os.fstat(stream).st_mode) or stat.S_ISSOCK(mode):
+                poll.register(stream, 0)
+                heard.add(stream)
+    return heard - {stream for stream, _ in poll.poll(0)}
 
 
 def _stat(process: int | str) -> list[str]:
