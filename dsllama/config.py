@@ -190,6 +190,11 @@ class TrainingConfig(BaseModel):
     grace_period: Seconds = 30.0
     """Time from a signal to the end of all: a batch system's, or the 30 s of DeepSpeed's launcher. A run says
     beforehand whether it saves within."""
+    stuck_after: Seconds = 60.0
+    """Time without progress, or without a word, after which a rank is named and its stack shown; without a word, the
+    run ends then."""
+    stuck_timeout: Seconds | None = 600.0
+    """Time after which a run ends in which no update goes on; null: 30 minutes later, by torch's own."""
     load_ckpt: Annotated[bool | str, BeforeValidator(_parse_load)] = False
     """Resume: false starts anew; true takes ckpt_dir's newest whole checkpoint; auto does if any; or a path."""
     init_from: PathText | None = None

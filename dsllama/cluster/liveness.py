@@ -29,6 +29,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 STATUS = "status.json"
+# What a run returns when it was stopped and has saved: "try again later" in sysexits.h, for a scheduler to requeue.
+EXIT_STOPPED = 75
 _UPDATE = ("update", "data", "forward", "backward", "step", "loss")
 _DOING = {
     "update": "in update {0}", "data": "waiting for the data of update {0}, micro-step {1}",
@@ -141,6 +143,7 @@ class Hub(_Liveness):
         self.size, self.stuck_timeout, self.own_time = size, stuck_timeout, 3.0
         self.interrupt: Callable[[str], None] = lambda _: None
         self.describe: Callable[[], dict[str, Any]] = dict
+        self._address = os.environ.get("MASTER_ADDR", "127.0.0.1")
         self._secret = secrets.token_hex(16)
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # a connection for each rank
         with contextlib.suppress(ValueError, OSError):
@@ -173,20 +176,24 @@ class Hub(_Liveness):
         self._calls.put(lambda: self._dead(rank, how))
         return True
 
-    def end(self, text: str, code: int) -> str:
-        """Have all others end too, in silence; returns what is left to say."""
-        self._left.set()
-        self._thread.join(_TICK_SECONDS * 2) if threading.current_thread() is not self._thread else None
-        for peer in list(self.peers.values()):
-            self._send(peer, {"end": code})
-        return text
+    def end(self, text: str, code: int) -> None:
+        """Say it, and have all others end too."""
+        say(text, code)  # first: the launcher ends this one as soon as another has gone
+        self._take_leave({"end": code})
 
     def leave(self) -> None:
         """It goes in peace, and the others may too."""
         if not self._left.is_set():
-            self.end("", 0)
+            self._take_leave({"over": True})
             self.write("ended")
             self._listener.close()
+
+    def _take_leave(self, words: dict[str, Any]) -> None:
+        self._left.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(2 * _TICK_SECONDS)
+        for peer in list(self.peers.values()):
+            self._send(peer, words)
 
     # -------------------------------------------------------- the thread
 
@@ -428,7 +435,7 @@ class Hub(_Liveness):
             for p in sorted(self.peers.values(), key=lambda p: p.rank)
         ]
         told = {
-            "written": time.time(), "ended": ended, "size": self.size, "ranks": ranks, "host": self.peers[0].host,
+            "written": time.time(), "ended": ended, "size": self.size, "ranks": ranks, "address": self._address,
             "offer": json.loads(self.offer), "every": max(2.0, self.size / 500), **self.describe(),
         }  # fmt: skip
         temporary = self.folder / f".{STATUS}.tmp"
@@ -457,12 +464,12 @@ class Link(_Liveness):
         """A rank of this host has died; whether the first one will say so."""
         return rank != 0 and not self._told_to_end.is_set() and self._tell({"died": [rank, how]})
 
-    def end(self, text: str, code: int) -> str:
-        """Have all others end too, with these words, or none; returns what is left to say here."""
+    def end(self, text: str, code: int) -> None:
+        """Have the first rank say it and all others end; where there is none, say it here."""
         self._left.set()
-        said = self._tell({"failed": [text, code]} if text else {"left": True})
-        ended = self._told_to_end.wait(_LAST_WORDS_SECONDS)
-        return "" if said and ended else text
+        told = self._tell({"failed": [text, code]} if text else {"left": True})
+        if not (self._told_to_end.wait(_LAST_WORDS_SECONDS) and told):
+            say(text, code)
 
     def leave(self) -> None:
         """It goes in peace."""
@@ -502,6 +509,8 @@ class Link(_Liveness):
             heard = now
             *lines, received = (received + got).split(b"\n")
             for told in map(json.loads, lines):
+                if "over" in told:
+                    self._left.set()
                 if "end" in told:
                     self._told_to_end.set()
                     if not self._left.is_set():
@@ -513,6 +522,8 @@ class Link(_Liveness):
 
     def _is_alone(self, how: str) -> None:
         """The first rank is no more."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # what is still to be said is said here
         self._told_to_end.set()
         time.sleep(_DEATH_SECONDS if self._speaks else _LAST_WORDS_SECONDS / 2)
         told = f"training stopped: rank 0, on {os.environ['MASTER_ADDR']}, {how}. {self.last_words()}"
@@ -540,7 +551,7 @@ def interrupt(folder: Path, cause: str) -> bool:
     """Have the run whose start's folder that is stop and save; whether it was told. From any host."""
     try:
         told = json.loads((folder / STATUS).read_text(encoding="utf-8"))
-        with socket.create_connection((told["host"], told["offer"]["port"]), 5.0) as connection:
+        with socket.create_connection((told["address"], told["offer"]["port"]), 5.0) as connection:
             connection.sendall(json.dumps({"secret": told["offer"]["secret"], "stop": cause}).encode() + b"\n")
             time.sleep(2 * _TICK_SECONDS)
     except (OSError, ValueError, KeyError):
@@ -548,6 +559,13 @@ def interrupt(folder: Path, cause: str) -> bool:
     return True
 
 
+def say(text: str, code: int) -> None:
+    """Last words; a run that was stopped has not failed."""
+    with contextlib.suppress(OSError, ValueError):
+        if text:
+            print(text, file=sys.stdout if code == EXIT_STOPPED else sys.stderr, flush=True)
+
+
 def _exit(text: str, code: int) -> NoReturn:
-    print(text, file=sys.stderr, flush=True)
+    say(text, code)
     os._exit(code)

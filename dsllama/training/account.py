@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 import psutil
 
 from dsllama import console
+from dsllama.cluster.liveness import Progress
 from dsllama.errors import Problem, UserError
 from dsllama.sizes import readable_duration
 
@@ -54,6 +55,7 @@ class Account:
         self._seconds = defaultdict(float, {"launcher": created - self.began, "start-up": max(0.0, now - created)})
         self._lost = defaultdict[str, float](float)  # of those, to rollbacks
         self._part, self._since = "start-up", time.perf_counter()
+        self.progress = Progress()
         self._lock, self._writing = threading.Lock(), threading.Lock()
         self._file: Path | None = None
         self._beats: threading.Thread | None = None
@@ -64,6 +66,7 @@ class Account:
 
     def enter(self, part: str) -> str:
         """What is done from now on; returns what was done until now."""
+        self.progress.at("update" if part in ("steps", _FIRST) else part)
         with self._lock:
             now = time.perf_counter()
             self._seconds[self._part] += now - self._since

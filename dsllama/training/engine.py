@@ -14,6 +14,7 @@ import os
 import shutil
 import socket
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,6 +28,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dsllama.checkpoint.state import SCALER_STATE, raise_together
+from dsllama.cluster import join
+from dsllama.cluster.liveness import Progress
 from dsllama.config import TrainingConfig
 from dsllama.errors import Problem, UserError
 from dsllama.machine import missing_compiler, unusable_gpu
@@ -103,8 +106,9 @@ def local_size() -> int:
     return int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def start(rank: int, world_size: int) -> World:
-    """Join the process group and settle this process's device and threads. Raises UserError where the port is taken."""
+def start(rank: int, world_size: int, offer: str = "", met: Callable[[str], None] = lambda _: None) -> World:
+    """Join the process group and settle this process's device and threads. offer: what the first rank has to tell; met:
+    told that on each, when all have come. Raises UserError where the port is taken, or a rank does not come."""
     _quieten()
     import deepspeed
 
@@ -123,18 +127,26 @@ def start(rank: int, world_size: int) -> World:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     _set_default_timeout()
     disk.install()
-    # Without it, DeepSpeed's own default of 10 minutes, bound when it was imported: a slow save by rank 0 ends the job.
-    try:
-        deepspeed.init_distributed(
-            dist_backend="nccl" if on_gpu else "gloo", timeout=_COLLECTIVE_TIMEOUT, verbose=False
-        )
-    except dist.DistNetworkError as error:
-        if "EADDRINUSE" not in str(error):
-            raise
-        rule = f"{os.environ.get('MASTER_PORT')} is taken, by another run perhaps"
-        remedy = f"give the launcher another one, such as --master_port {free_port()}"
-        raise UserError(Problem("the port", rule, remedy)) from None
+    backend = "nccl" if on_gpu else "gloo"
     device = torch.device("cuda", number) if on_gpu else torch.device("cpu")
+    try:
+        store, offered = join.meet(rank, world_size, offer)
+        met(offered)
+        # As DeepSpeed would, which takes it as it is.
+        bound = device if on_gpu and world_size > 1 else None
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=_COLLECTIVE_TIMEOUT, device_id=bound
+        )
+        deepspeed.init_distributed(dist_backend=backend, timeout=_COLLECTIVE_TIMEOUT, verbose=False)
+    except dist.DistNetworkError as error:
+        port = os.environ.get("MASTER_PORT")
+        if "EADDRINUSE" in str(error):
+            remedy = f"give the launcher another one, such as --master_port {free_port()}"
+            raise UserError(Problem("the port", f"{port} is taken, by another run perhaps", remedy)) from None
+        rule = f"{os.environ.get('MASTER_ADDR')}:{port} cannot be reached from {socket.gethostname()}"
+        raise UserError(Problem("the first rank", rule, "`dsllama doctor` looks for what is in the way")) from None
+    except join.NobodyCame as error:
+        raise UserError(Problem("the ranks", str(error), "see what it said, or `dsllama doctor`")) from None
     return World(rank, number, world_size, device)
 
 
@@ -264,22 +276,32 @@ def update(
     micro_steps: int,
     after_the_first: Callable[[], None] = lambda: None,
     leave_out: Callable[[Tensor], bool] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Tensor, float | None]:
     """One optimizer update: (this rank's sum of losses and number of targets that counted, both fp64; the gradients'
     norm before clipping). after_the_first: called when a micro-step has been made. leave_out: asked before the last
-    backward pass, with those sums, whether the weights shall stay as they are; the same on all ranks."""
+    backward pass, with those sums, whether the weights shall stay as they are; the same on all ranks. progress: told
+    where it is."""
+    where = progress or Progress()
+    where.forward += _seconds_of_last_update(engine)
     sums, norm = torch.zeros(2, dtype=torch.float64, device=engine.device), None
     # DeepSpeed reports no norm for fp32 at stage 0; there it is taken from the gradients themselves.
     is_plain = isinstance(engine.optimizer, torch.optim.Optimizer)
     for micro_step in range(1, micro_steps + 1):
+        where.at("data", micro_step)
+        began = time.perf_counter()
         x, y = get_batch()
-        loss = engine(x, y)
+        where.data += time.perf_counter() - began
+        where.at("forward")
+        loss = _timed_forward(engine, x, y, where)
         sums[0] += loss.detach()
         sums[1] += (y != IGNORE_INDEX).sum()
         is_last = micro_step == micro_steps
         if is_last and leave_out is not None and leave_out(sums):
             loss = loss * math.nan  # gradients that are not finite are what the engine leaves out
+        where.at("backward")
         engine.backward(loss)
+        where.at("step")
         if is_plain and is_last:
             norm = plain_gradient_norm(engine)
         with _leaving_the_weights(engine) if not math.isfinite(norm or 0.0) else contextlib.nullcontext():
@@ -287,6 +309,27 @@ def update(
         if micro_step == 1:
             after_the_first()
     return sums, norm if is_plain else gradient_norm(engine)
+
+
+def _timed_forward(engine: Any, x: Tensor, y: Tensor, where: Progress) -> Tensor:
+    """On a GPU by events, which cost no waiting, and are read when the next update begins."""
+    if engine.device.type != "cuda":
+        began = time.perf_counter()
+        loss = engine(x, y)
+        where.forward += time.perf_counter() - began
+        return loss
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    began.record()
+    loss = engine(x, y)
+    ended.record()
+    engine.__dict__.setdefault("dsllama_forwards", []).append((began, ended))
+    return loss
+
+
+def _seconds_of_last_update(engine: Any) -> float:
+    """What its forward passes took on the GPU: since then the loss has been waited for."""
+    events = engine.__dict__.pop("dsllama_forwards", ())
+    return sum(began.elapsed_time(ended) for began, ended in events if ended.query()) / 1e3
 
 
 @contextlib.contextmanager

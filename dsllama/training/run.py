@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, NoReturn
 from dsllama import arguments, console
 from dsllama.checkpoint.retention import LOCK, tidy
 from dsllama.cluster import environment
+from dsllama.cluster.liveness import EXIT_STOPPED, Hub, Link, say
 from dsllama.config import TrainingConfig
 from dsllama.data.loader import DatasetLoader
 from dsllama.data.manifest import Manifest
@@ -36,7 +37,7 @@ from dsllama.sizes import readable
 from dsllama.training import account as accounts
 from dsllama.training.account import Account
 from dsllama.training.reporting import log_problem
-from dsllama.training.stopping import EXIT_FAILED, EXIT_STOPPED, StopRequest, command
+from dsllama.training.stopping import EXIT_FAILED, StopRequest, command
 
 if TYPE_CHECKING:  # importing it for real takes seconds, which a mistake should not cost
     from dsllama.training.engine import World
@@ -53,6 +54,7 @@ def main(argv: Sequence[str], stop: StopRequest | None = None) -> int:
 
     stop: what has listened for signals since the process began.
     """
+    from dsllama.cluster import join
     from dsllama.training import engine
 
     account = Account(stop.first_process() if stop is not None else None)
@@ -74,13 +76,18 @@ def main(argv: Sequence[str], stop: StopRequest | None = None) -> int:
             return _train(job, rank, world_size, holds.get("ckpt_dir"), stop, account)
         except UserError as error:
             # The same on every rank, or, where data turn out bad on the way, of the one that reads them.
-            return complain(str(error), rank, EXIT_USER_ERROR)
+            told = str(error)
+            if world_size > 1 and stop.liveness is None and join.leave(rank, world_size, told):
+                told = ""
+            return complain(told, rank, EXIT_USER_ERROR, stop.liveness)
         except Exception:
             stop.mourn()  # most errors amid a collective are the death of another rank
             text = f"{traceback.format_exc()}training stopped by this error of rank {rank} on {socket.gethostname()}"
-            return complain(f"{text}. {stop.last_words()}", rank, EXIT_FAILED)
+            return complain(f"{text}. {stop.last_words()}", rank, EXIT_FAILED, stop.liveness)
         finally:
             account.close("failed")
+            if stop.liveness is not None:
+                stop.liveness.leave()
             for each in reversed(holds.values()):
                 each.release()
 
@@ -102,7 +109,17 @@ def _train(job: Job, rank: int, world_size: int, ckpt_dir: Hold | None, stop: St
     from dsllama.training import engine, swap
     from dsllama.training.trainer import Trainer, TrainingFailed
 
-    world = engine.start(rank, world_size)
+    hub = Hub(world_size, account.progress, job.config.stuck_after, job.config.stuck_timeout) if rank == 0 else None
+    if hub is not None:
+        hub.interrupt = stop.ask
+        hub.own_time = 3.0 if job.parallel_layout["zero_stage"] < 3 else 0.0
+
+    def met(offer: str) -> None:
+        tie = hub or Link(rank, world_size, offer, account.progress, job.config.stuck_after)
+        tie.on_end, tie.last_words = stop.end, lambda: stop.last_words()
+        stop.liveness = tie
+
+    world = engine.start(rank, world_size, hub.offer if hub is not None else "", met)
     stop.siblings = world.siblings()
     job = _as_the_first_rank(job, world)
     finished = job.resume_from
@@ -114,14 +131,14 @@ def _train(job: Job, rank: int, world_size: int, ckpt_dir: Hold | None, stop: St
         return 0
     if world.is_main:
         print("\n".join(_head(job)), flush=True)
-    world.ask_main(_make_notes, job, account)
+    world.ask_main(_make_notes, job, account, hub)
     stop.phase("during the self-test")
     earlier = job.resume_from.manifest.get("self_test") if job.resume_from else None
     with account.part("self-test"):
         verdict, told = selftest.of_run(job.config, job.derived, job.ds_config, world, earlier)
     world.say(told)
     if verdict["result"] == "failed":
-        return complain("", rank, EXIT_FAILED)
+        return complain("", rank, EXIT_FAILED, stop.liveness)
     job = dataclasses.replace(job, self_test=verdict)
     stop.phase("while the engine was built")
     with swap.own_folder(swap.place_of(job.ds_config), world) as folder:
@@ -130,10 +147,12 @@ def _train(job: Job, rank: int, world_size: int, ckpt_dir: Hold | None, stop: St
                 share = engine.local_size() / world_size
                 print(swap.pace(folder, swap.traffic(job.ds_config, job.derived.parameters, share)), flush=True)
             trainer = Trainer(job, world, stop, ckpt_dir, swap.placed(job.ds_config, folder), account)
+            if hub is not None:
+                hub.describe = trainer.status
             stopped_by = trainer.run()
         except TrainingFailed as error:
             # Every rank has come to the same, so one says it.
-            return complain(f"training stopped: {error}" if world.is_main else "", rank, EXIT_FAILED)
+            return complain(f"training stopped: {error}" if world.is_main else "", rank, EXIT_FAILED, stop.liveness)
     # The launcher ends the others as soon as one has left; the first one still has to say how it went.
     stop.siblings = {}
     account.close(f"stopped by {stopped_by}" if stopped_by else "finished")
@@ -161,7 +180,7 @@ def _as_the_first_rank(job: Job, world: World) -> Job:
     return dataclasses.replace(job, resume_from=chosen, init_from=init_from)
 
 
-def _make_notes(job: Job, account: Account) -> None:
+def _make_notes(job: Job, account: Account, hub: Hub) -> None:
     """Clear up in ckpt_dir, note what is started, and keep account of it from now on. Raises UserError."""
     from dsllama.training.health import SKIPPED_SAMPLES
     from dsllama.training.trainer import run_files
@@ -172,9 +191,11 @@ def _make_notes(job: Job, account: Account) -> None:
     try:
         if job.resume_from is None:
             (ckpt_dir / SKIPPED_SAMPLES).unlink(missing_ok=True)  # of a run whose checkpoints are gone
-        account.keep(note_start(ckpt_dir, run_files(job)))
+        folder = note_start(ckpt_dir, run_files(job))
     except OSError as error:
         raise UserError(of_system(error)) from None
+    account.keep(folder)
+    hub.keep(folder)
 
 
 def note_start(ckpt_dir: Path, files: dict[str, str]) -> Path:
@@ -328,14 +349,16 @@ def parse(argv: Sequence[str], prog: str, description: str, epilog: str = "") ->
     return arguments.config_from(parser.parse_args(argv))
 
 
-def complain(text: str, rank: int, code: int) -> int:
+def complain(text: str, rank: int, code: int, liveness: Hub | Link | None = None) -> int:
     """Say what has ended this rank; returns the exit code."""
+    text = f"rank {rank}: {text}" if text and rank else text
+    if liveness is not None:  # the first rank says it for all, and all end
+        liveness.end(text, code)
+        return code
     if rank != 0:
         # Where the main rank has the same to say, the launcher ends this one meanwhile; else this one says it.
         time.sleep(_LET_MAIN_SPEAK_SECONDS)
-        text = text and f"rank {rank}: {text}"
-    if text:
-        print(text, file=sys.stderr, flush=True)
+    say(text, code)
     return code
 
 

@@ -23,14 +23,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
-if TYPE_CHECKING:
-    from dsllama.cluster.liveness import Hub, Link
+from dsllama.cluster.liveness import EXIT_STOPPED, Hub, Link, say
 
 EXIT_FAILED = 1
-# What a run returns when it was stopped and has saved: "try again later" in sysexits.h, for a scheduler to requeue.
-EXIT_STOPPED = 75
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 # Ctrl-C reaches a rank more than once, from the terminal and through the launcher.
 _SECOND_REQUEST_SECONDS = 3.0
@@ -164,10 +161,9 @@ class StopRequest:
         for folder in LEFTOVERS:
             shutil.rmtree(folder, ignore_errors=True)
         if self.liveness is not None:
-            text = self.liveness.end(text, code)
-        with contextlib.suppress(OSError, ValueError):
-            if text:
-                print(text, file=sys.stderr if code == EXIT_FAILED else sys.stdout, flush=True)
+            self.liveness.end(text, code)
+        else:
+            say(text, code)
         os._exit(code)
 
 
@@ -176,7 +172,8 @@ def _readers() -> set[int]:
     poll, heard = select.poll(), set()
     for stream in (1, 2):
         with contextlib.suppress(OSError):
-            if stat.S_ISFIFO(mode := os.fstat(stream).st_mode) or stat.S_ISSOCK(mode):
+            mode = os.fstat(stream).st_mode
+            if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
                 poll.register(stream, 0)
                 heard.add(stream)
     return heard - {stream for stream, _ in poll.poll(0)}

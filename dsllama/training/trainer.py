@@ -156,6 +156,8 @@ class Trainer:
         peak = self.config.peak_tflops or peak_tflops(world.device)
         self.peak_flops = peak * 1e12 * world.size if peak else None
         self.report: Report | None = None
+        self.last_row: Row | None = None
+        self._began = time.perf_counter()
         self.learning_rate = 0.0
         self._lap = 0, 0.0  # tokens and seconds of training as of the last row
         self.all_have_written = False
@@ -182,6 +184,7 @@ class Trainer:
                 began = time.perf_counter()
                 self._mind_the_time()
                 self.update += 1
+                self.account.progress.update = self.update
                 self.scheduler.step(self.update)
                 # The rate of this update: at its end DeepSpeed sets the next one.
                 self.learning_rate = self.scheduler.get_current_lr()
@@ -258,7 +261,9 @@ class Trainer:
 
         get_batch = self.account.timing("data", self.loader.get_batch)
         spikes = leave_out if self.health.watches and not applies_spikes else None
-        own, grad_norm = deepspeed_engine.update(self.engine, get_batch, steps, after_the_first, spikes)
+        progress = self.account.progress
+        own, grad_norm = deepspeed_engine.update(self.engine, get_batch, steps, after_the_first, spikes, progress)
+        progress.at("loss")
         own[0] *= self.config.batch_size * self.config.max_seq_len  # the model divides by all positions
         # One all-reduce for these, stop requests, ranks whose part of a save is written, and ranks that could not.
         sums = torch.cat([own, own.new_tensor([bool(self.stop), *self.saver.progress()])])
@@ -346,11 +351,26 @@ class Trainer:
 
     # ------------------------------------------------------------ what
 
+    def status(self) -> dict[str, Any]:
+        """What `dsllama status` shows of the run beside its ranks. Asked by another thread."""
+        rows, last = self.last_row, self.last_checkpoint
+        return {
+            "updates": self.derived.updates, "update": self.update, "tokens": self.tokens,
+            "tokens_per_update": self.config.tokens_per_update, "resumed_at": self.first_update - 1,
+            "began": time.time() - self._seconds, "loss": rows and rows.loss,
+            "tokens_per_second": rows and rows.tokens_per_second, "eta": rows and self._eta(rows),
+            "last_checkpoint": last and {"path": str(last.path), "update": last.update},
+        }  # fmt: skip
+
+    def _eta(self, row: Row) -> float:
+        """Seconds from a row to the end of the run."""
+        return row.time / (row.update - self.first_update + 1) * (self.derived.updates - row.update)
+
     def _log(self, loss: float, grad_norm: float | None, validation: float | None) -> None:
         if self.report is None:
             return
         rate, elapsed = self._rate(), self._seconds
-        done, saving = self.update - self.first_update + 1, sum(save.seconds for save in self.saved)
+        saving = sum(save.seconds for save in self.saved)
         flops = rate * self.derived.flops_per_token
         row = Row(
             update=self.update,
@@ -374,7 +394,8 @@ class Trainer:
             save_mb_per_second=sum(save.checkpoint.bytes for save in self.saved) / 1e6 / saving if saving else None,
         )
         self.saved.clear()
-        self.report.row(row, self.derived.updates, elapsed / done * (self.derived.updates - self.update))
+        self.last_row = row
+        self.report.row(row, self.derived.updates, self._eta(row))
 
     def _rate(self) -> float:
         """Tokens per second of training since the last call."""
@@ -390,6 +411,7 @@ class Trainer:
         with self.account.part("evaluation"):
             self.engine.eval()
             for x, y in self.job.validation.validation_batches():
+                self.account.progress.at("evaluation")
                 sums[0] += self.engine(x, y) * y.numel()
                 sums[1] += (y != IGNORE_INDEX).sum()
             self.engine.train()
