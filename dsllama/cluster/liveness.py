@@ -300,14 +300,12 @@ class Hub(_Liveness):
         first = [self.peers[rank] for rank in sorted(self._deaths) if rank in self.peers]
         if not first:
             return f"rank {min(self._deaths)} {self._deaths[min(self._deaths)] or 'has gone'}"
-        hosts = {peer.host for peer in first}
-        whole = [h for h in hosts if all(p.rank in self._deaths for p in self.peers.values() if p.host == h)]
         told = [f"{peer}, {peer.doing}, {self._deaths[peer.rank] or 'has gone'}" for peer in first[:3]]
         if len(first) > 3:
-            told.append(f"and {len(first) - 3} more on {', '.join(sorted(hosts))}")
-        unknown = all(not self._deaths[peer.rank] for peer in first)
-        why = f": it was killed (by somebody, or for want of memory: dmesg there tells), or {whole[0]} went down"
-        return "; ".join(told) + (why if unknown and whole else "")
+            told.append(f"and {len(first) - 3} more on {', '.join(sorted({peer.host for peer in first}))}")
+        if not any(self._deaths.values()):  # nobody was there to see it
+            told[-1] += f": killed (by somebody, or for want of memory, says dmesg), or {first[0].host} went down"
+        return "; ".join(told)
 
     # -------------------------------------------------------- what is wrong
 

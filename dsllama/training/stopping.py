@@ -56,7 +56,7 @@ class StopRequest:
         self.last_words: Callable[[], str] = lambda: "Nothing had been trained, nothing is lost."
         self.at_the_end: Callable[[str], None] = lambda _: None
         self.liveness: Hub | Link | None = None
-        self._output = _readers()
+        self._is_read = not _nobody_reads()
         self._phase, self._first, self._from_launcher, self._closed = "while it was starting", 0.0, False, False
         self._launcher = _launcher_at_the_start()
         # nohup has SIGHUP ignored.
@@ -115,7 +115,7 @@ class StopRequest:
                 self._request(told.si_signo, self._launcher is not None and told.si_pid == self._launcher[0])
             elif self._launcher is not None and not self and _launcher() != self._launcher:
                 self._ask("the end of its launcher", from_launcher=True)
-            elif self._output and not self and not self._output <= _readers():
+            elif self._is_read and not self and _nobody_reads():
                 # On another host that is all that is seen of it: sshd closes what its session wrote to.
                 self._ask("the end of who read its output", from_launcher=True)
             self._look_for_the_dead()
@@ -167,16 +167,16 @@ class StopRequest:
         os._exit(code)
 
 
-def _readers() -> set[int]:
-    """Which of the standard output and error somebody still reads, where they are pipes or sockets."""
-    poll, heard = select.poll(), set()
-    for stream in (1, 2):
-        with contextlib.suppress(OSError):
+def _nobody_reads() -> bool:
+    """Whether standard output or error is a pipe or a socket whose other end is closed."""
+    poll = select.poll()
+    with contextlib.suppress(OSError):
+        for stream in (1, 2):
             mode = os.fstat(stream).st_mode
             if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
                 poll.register(stream, 0)
-                heard.add(stream)
-    return heard - {stream for stream, _ in poll.poll(0)}
+        return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
+    return False
 
 
 def _stat(process: int | str) -> list[str]:
