@@ -7,7 +7,6 @@ import fcntl
 import json
 import math
 import resource
-import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,7 +22,6 @@ from dsllama.config import TrainingConfig
 from dsllama.model import LLaMaTransformer
 from dsllama.training import engine as deepspeed_engine
 from dsllama.training import swap
-from dsllama.training.health import SKIPPED_SAMPLES
 from dsllama.training.run import main as train
 from dsllama.training.trainer import Trainer
 from tests import exactness
@@ -205,15 +203,6 @@ def train_with_trouble(words: list[str], plan: dict[str, list[str]]) -> int:
         return train(words)
 
 
-def go_on_with_notes(words: list[str], source: str, target: str) -> int:
-    """A training in a folder of checkpoints that has the notes on samples left out from another one: its exit code."""
-    if deepspeed_engine.world_from_environment()[0] == 0:
-        Path(target).mkdir(parents=True)
-        shutil.copy(Path(source) / SKIPPED_SAMPLES, target)
-    dist.barrier()
-    return train(words)
-
-
 @contextmanager
 def planted(kind: Callable[[Trainer, int], str]) -> Iterator[None]:
     """Trainings within have something wrong. kind: of an attempt at an update, by its number with these samples:
@@ -235,13 +224,14 @@ def planted(kind: Callable[[Trainer, int], str]) -> Iterator[None]:
             return out
         # 0 forward; backward, the root's infinite slope times zero is NaN.
         gradients = (out * 0).sqrt() * 0
-        more_loss = {"nan": out * math.nan, "inf": out * math.inf, "spike": 100.0, "gradients": gradients}
+        # Constants: the gradients of a loss that is not finite may well be finite.
+        more_loss = {"nan": math.nan, "inf": math.inf, "spike": 100.0, "gradients": gradients}
         return out + more_loss.get(wrong, 0.0)
 
-    def flipping(self: Trainer) -> None:
+    def flipping(self: Trainer, saves: bool) -> None:
         if wrong == "bit":
             next(self.engine.module.parameters()).data.view(torch.int32)[0, 0] ^= 1
-        compare(self)
+        compare(self, saves)
 
     LLaMaTransformer.forward = with_trouble  # type: ignore[method-assign, assignment]
     Trainer._attempt, Trainer._compare_replicas = noting, flipping  # type: ignore[method-assign]

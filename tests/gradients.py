@@ -74,7 +74,7 @@ TROUBLE: dict[str, tuple[int, dict[str, Any], dict[str, list[str]]]] = {
         {"zero_stage": 2, "on_loss_spike": "roll_back", **_SPIKES, "token_ckpt": 3 * 256},
         {"64": ["spike*"]},
     ),
-    "replicas": (2, {"zero_stage": 0, "check_replicas_interval": 3, "token_ckpt": 256}, {"40": ["bit@1"]}),
+    "replicas": (2, {"zero_stage": 0, "check_replicas_interval": 4, "token_ckpt": 256}, {"40": ["bit@1"]}),
 }
 EXACT = {
     f"exact_{precision}_stage{stage}": {"precision": precision, "zero_stage": stage, "gradient_clipping": clipping}
@@ -103,11 +103,10 @@ def work(folder: Path, data: TinyData, ranks: int) -> tuple[dict[str, Call], dic
             runs[name] = Run(folder / name, {**data.settings, **settings})
             calls[name] = Call(f"{tasks}:train_with_trouble", {"words": runs[name].words(), "plan": plan})
     if ranks == 2:
-        before = runs["rolls_back"]  # of before its rollbacks, in a folder of its own with the notes of them
+        before = runs["rolls_back"]  # of before its rollbacks, in a folder of its own
         settings = {**before.settings, "load_ckpt": before.checkpoint(2)}
         again = runs["rolled_back_again"] = Run(folder / "rolled_back_again", settings)
-        places = {"source": str(before.folder / "checkpoints"), "target": str(again.folder / "checkpoints")}
-        calls["rolled_back_again"] = Call(f"{tasks}:go_on_with_notes", {"words": again.words(), **places})
+        calls["rolled_back_again"] = Call(f"{tasks}:train", {"argv": again.words()})
     if ranks == 1:
         more = {**runs["nan_at_the_end"].settings, "load_ckpt": "auto", "training_tokens": 20 * 256}
         going_on = Run(folder / "nan_at_the_end", more)

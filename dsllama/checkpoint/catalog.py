@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 import time
 from calendar import timegm
@@ -122,7 +123,9 @@ def summary(path: Path, read: bool = False) -> dict[str, Any]:
         "path": str(path),
         "update": found.update,
         "tokens": found.tokens,
-        **{name: found.manifest.get(name) for name in ("loss", "validation_loss", "saved_at")},
+        # JSON has no NaN, which the loss of an update that was left out may be.
+        **{name: finite(found.manifest.get(name)) for name in ("loss", "validation_loss")},
+        "saved_at": found.manifest.get("saved_at"),
         "age_seconds": found.age,
         "topology": found.manifest["parallel_layout"],
         "state": found.manifest["state"],
@@ -130,6 +133,11 @@ def summary(path: Path, read: bool = False) -> dict[str, Any]:
         "bytes": found.bytes,
         "problems": list(found.damages()) if read else [],
     }
+
+
+def finite(number: float | None) -> float | None:
+    """None for what is none."""
+    return number if number is not None and math.isfinite(number) else None
 
 
 def _health(manifest: dict[str, Any]) -> dict[str, int]:
@@ -202,6 +210,8 @@ def none_is_whole(where: str, folder: Path, resumable: bool) -> Problem:
     rule = f"none of the {len(found)} checkpoints in it is whole" if found else "holds no checkpoint to resume"
     remedy = "use --load_ckpt false and an empty --ckpt_dir to start anew" if resumable else "give another one"
     weights = newest_whole(folder) if resumable else None
+    if weights is not None and next(weights.damages(), None) is not None:
+        weights = None
     if weights is not None:
         rule += ", with the optimizer's state"
         remedy = f"--init_from {weights.path} and an empty --ckpt_dir begin anew with the weights that are left"

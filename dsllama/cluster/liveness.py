@@ -42,8 +42,10 @@ _DOING = {
     "rest": "between update {0} and the next",
 }  # fmt: skip
 _BEAT_SECONDS, _TICK_SECONDS = 1.0, 0.2
-# From the first sign of a death, or an error, to what is said of it: what explains it may be on its way.
-_DEATH_SECONDS, _ERROR_SECONDS, _LAST_WORDS_SECONDS = 1.0, 1.5, 6.0
+# From the first sign of a death, or an error, to what is said of it: what explains it may be on its way, and this rank
+# may be about to come to the same error.
+_DEATH_SECONDS, _ERROR_SECONDS, _LAST_WORDS_SECONDS = 1.0, 6.0, 10.0
+OWN_END_SECONDS = 30.0  # for a rank that has most likely come to the same end by itself
 _SILENT_SECONDS = 15.0  # until it is said that a rank is silent
 _UNUSUAL = 5  # times what has been the longest so far
 _STRAGGLER, _WINDOW_SECONDS, _WINDOW_UPDATES = 1.2, 30.0, 8
@@ -159,6 +161,7 @@ class Hub(_Liveness):
         self._deaths: dict[int, str] = {}
         self._since = 0.0  # the first sign that something is wrong
         self._error: tuple[str, int] | None = None
+        self._patience = _ERROR_SECONDS
         self._longest = 0.0  # that a rank has stayed at one place while it trained
         self._first_update: int | None = None
         self._silent: set[int] = set()
@@ -176,10 +179,10 @@ class Hub(_Liveness):
         self._calls.put(lambda: self._dead(rank, how))
         return True
 
-    def end(self, text: str, code: int) -> None:
-        """Say it, and have all others end too."""
+    def end(self, text: str, code: int, within: float = 0.0) -> None:
+        """Say it, and have all others end too; those that have not by themselves, after so many seconds."""
         say(text, code)  # first: the launcher ends this one as soon as another has gone
-        self._take_leave({"end": code})
+        self._take_leave({"end": code, "within": within})
 
     def leave(self) -> None:
         """It goes in peace, and the others may too."""
@@ -211,7 +214,7 @@ class Hub(_Liveness):
             self._longest = max(self._longest, self._moved(self.peers[0], self.progress.place()))
             if self._deaths and now - self._since > _DEATH_SECONDS:
                 self.on_end(f"training stopped: {self._obituary()}. {self.last_words()}", 1)
-            elif self._error and not self._deaths and now - self._since > _ERROR_SECONDS:
+            elif self._error and not self._deaths and now - self._since > self._patience:
                 self.on_end(*self._error)
             if now >= self._next_beat:
                 self._next_beat = now + max(5.0, self.size / 500)
@@ -274,6 +277,7 @@ class Hub(_Liveness):
             peer.has_left = True
             self._since = self._since or time.monotonic()
             self._error = self._error or (told["failed"][0], told["failed"][1])
+            self._patience = 0.0 if self._error[1] == EXIT_STOPPED else _ERROR_SECONDS
         if "stack" in told:
             self._show_stack(peer, told["stack"])
 
@@ -293,7 +297,7 @@ class Hub(_Liveness):
 
     def _dead(self, rank: int, how: str) -> None:
         self._since = self._since or time.monotonic()
-        self._deaths[rank] = how or self._deaths.get(rank, "")
+        self._deaths[rank] = self._deaths.get(rank) or how  # a launcher may have buried it since
 
     def _obituary(self) -> str:
         """Who has died, where and of what."""
@@ -462,7 +466,7 @@ class Link(_Liveness):
         """A rank of this host has died; whether the first one will say so."""
         return rank != 0 and not self._told_to_end.is_set() and self._tell({"died": [rank, how]})
 
-    def end(self, text: str, code: int) -> None:
+    def end(self, text: str, code: int, within: float = 0.0) -> None:
         """Have the first rank say it and all others end; where there is none, say it here."""
         self._left.set()
         told = self._tell({"failed": [text, code]} if text else {"left": True})
@@ -511,7 +515,7 @@ class Link(_Liveness):
                     self._left.set()
                 if "end" in told:
                     self._told_to_end.set()
-                    if not self._left.is_set():
+                    if not self._left.wait(told["within"]):
                         self.on_end("", told["end"])
                     return
                 self._speaks = told.get("speaks", self._speaks)

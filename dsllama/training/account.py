@@ -191,12 +191,13 @@ class Start:
 def read(ckpt_dir: Path) -> list[Start]:
     """All starts of a run, in order. Raises UserError where there is none that has kept an account."""
     told = []
-    for path in sorted((ckpt_dir / "starts").glob(f"*/{ACCOUNT}"), key=lambda path: int(path.parent.name)):
+    found = [path for path in (ckpt_dir / "starts").glob(f"*/{ACCOUNT}") if path.parent.name.isdecimal()]
+    for path in sorted(found, key=lambda path: int(path.parent.name)):
         with contextlib.suppress(OSError, ValueError):  # the machine has crashed while it was written
             one = json.loads(path.read_text(encoding="utf-8"))
-            told += [(int(path.parent.name), one)] if isinstance(one, dict) and one.keys() >= _KEYS else []
+            told += [(int(path.parent.name), one)] if _is_sound(one) else []
     if not told:
-        rule = "holds no account of a run (starts/NNNN/account.json)"
+        rule = "holds no account of a run (starts/NNNN/account.json)" if ckpt_dir.exists() else "does not exist"
         raise UserError(Problem("ckpt_dir", rule, "name the ckpt_dir of a run", str(ckpt_dir)))
     kept = _survivors([start for _, start in told])
     starts: list[Start] = []
@@ -211,6 +212,16 @@ def read(ckpt_dir: Path) -> list[Start]:
         starts.append(start)
         ends = one["began"] + wall
     return starts
+
+
+def _is_sound(one: Any) -> bool:
+    """Whether a start's account is one."""
+    return (
+        isinstance(one, dict)
+        and one.keys() >= _KEYS
+        and all(isinstance(one[name], dict) for name in ("seconds", "kept"))
+        and all(isinstance(value, int | float) for name in ("seconds", "kept") for value in one[name].values())
+    )
 
 
 def _survivors(told: list[dict[str, Any]]) -> list[dict[str, float]]:

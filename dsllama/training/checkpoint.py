@@ -57,7 +57,7 @@ def choose(config: TrainingConfig) -> Checkpoint | None:
 def next_whole(job: Job, damaged: Checkpoint, reason: str) -> Checkpoint:
     """What to go on from instead of a damaged one. Raises UserError if that was asked for by name, or no other fits."""
     folder = damaged.path.parent
-    if _by_name(job.config):
+    if _by_name(job.config) and damaged.path == Path(str(job.config.load_ckpt)).resolve():
         others = [str(p) for p in list_checkpoints(folder) if p != damaged.path]
         remedy = f"beside it: {', '.join(others[-3:])}" if others else "give the path of another one"
         raise UserError(Problem(str(damaged.path), f"is damaged: {reason}", remedy), "cannot load the checkpoint")

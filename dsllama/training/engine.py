@@ -130,14 +130,19 @@ def start(rank: int, world_size: int, offer: str = "", met: Callable[[str], None
     backend = "nccl" if on_gpu else "gloo"
     device = torch.device("cuda", number) if on_gpu else torch.device("cpu")
     try:
-        store, offered = join.meet(rank, world_size, offer)
-        met(offered)
-        # As DeepSpeed would, which takes it as it is.
-        bound = device if on_gpu and world_size > 1 else None
-        dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world_size, timeout=_COLLECTIVE_TIMEOUT, device_id=bound
-        )
-        deepspeed.init_distributed(dist_backend=backend, timeout=_COLLECTIVE_TIMEOUT, verbose=False)
+        if not dist.is_initialized():
+            store, offer = join.meet(rank, world_size, offer)
+            met(offer)
+            # As DeepSpeed would, which takes it as it is.
+            bound = device if on_gpu and world_size > 1 else None
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=world_size, timeout=_COLLECTIVE_TIMEOUT, device_id=bound
+            )
+            deepspeed.init_distributed(dist_backend=backend, timeout=_COLLECTIVE_TIMEOUT, verbose=False)
+        else:  # one more run in this process
+            offers = [offer]
+            dist.broadcast_object_list(offers, 0)
+            met(offers[0])
     except dist.DistNetworkError as error:
         port = os.environ.get("MASTER_PORT")
         if "EADDRINUSE" in str(error):
@@ -299,6 +304,8 @@ def update(
         is_last = micro_step == micro_steps
         if is_last and leave_out is not None and leave_out(sums):
             loss = loss * math.nan  # gradients that are not finite are what the engine leaves out
+        elif is_last:  # a loss that is not finite may have gradients that are; no rank waits for the answer
+            loss = loss * torch.where(sums[0].isfinite(), 1.0, math.nan).to(loss.dtype)
         where.at("backward")
         engine.backward(loss)
         where.at("step")

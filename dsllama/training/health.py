@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from dsllama.config import TrainingConfig
+from dsllama.errors import Problem, UserError, of_system
 from dsllama.files import write_atomically
 
 SKIPPED_SAMPLES = "skipped_samples.json"
@@ -59,13 +60,16 @@ class Health:
             "skipped_samples": sorted(self.skipped_samples.items()),
         }  # fmt: skip
 
-    def load_state_dict(self, state: dict[str, Any], skipped: Iterable[tuple[int, int]] = ()) -> None:
-        """Take up what was saved. skipped: ranges that are left out beside those in it."""
+    def load_state_dict(self, state: dict[str, Any], noted: Iterable[Note] = ()) -> None:
+        """Take up what was saved. noted: what is left out beside that, and which checkpoints were gone back to."""
         self.losses = deque(state.get("losses", ()), maxlen=self.config.loss_spike_window)
         # A rollback brings back what an older checkpoint knew of them.
         for name in ("suspicions", "rollbacks"):
             setattr(self, name, max(getattr(self, name), state.get(name, 0)))
-        self.skipped_samples |= dict(state.get("skipped_samples", ())) | dict(skipped)
+        noted = list(noted)
+        self.skipped_samples |= dict(state.get("skipped_samples", ()))
+        self.skipped_samples |= {note["first"]: note["last"] + 1 for note in noted}
+        self._from = Counter(note["from"] for note in noted)
 
     @property
     def watches(self) -> bool:
@@ -93,9 +97,8 @@ class Health:
         return Trouble("loss_spike", f"its loss {loss:.4f} is {rule} ({statistics.median(self.losses):.4f})")
 
     def goes_back_again(self, update: int) -> bool:
-        """Count a rollback to a checkpoint; whether there may be one: not for ever to the same one."""
-        self._from[update] += 1
-        return self._from[update] <= self.config.max_skipped_updates
+        """Whether there may be a rollback to the checkpoint of an update: not for ever to the same one."""
+        return self._from[update] < self.config.max_skipped_updates
 
     def skip_samples(self, first: int, last: int) -> None:
         """Leave out samples first ... last - 1 from now on."""
@@ -106,23 +109,42 @@ class Health:
 # ---------------------------------------------------------------- the samples that are left out, in ckpt_dir
 
 
-def read_skipped(ckpt_dir: Path, identity: dict[str, Any]) -> list[tuple[int, int]]:
-    """The ranges that runs with these data have left out, from `skipped_samples.json`."""
-    try:
-        notes = json.loads((ckpt_dir / SKIPPED_SAMPLES).read_text(encoding="utf-8"))
-        return [(note["first"], note["last"] + 1) for note in notes if note["data"] == identity]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+Note = dict[str, Any]
+_NOTE = ("first", "last", "from", "data")
 
 
-def note_skipped(ckpt_dir: Path, note: dict[str, Any]) -> None:
-    """Write down one more range: first and last sample, update, why. Raises OSError."""
+def read_skipped(ckpt_dir: Path, source: Path, identity: dict[str, Any]) -> list[Note]:
+    """What runs with these data have left out, by `skipped_samples.json`; that of the folder which a run goes on from
+    is taken over into ckpt_dir. Raises UserError where there is one that cannot be read: its samples would come back.
+    """
+    own = _notes(ckpt_dir / SKIPPED_SAMPLES)
+    taken = [note for note in _notes(source / SKIPPED_SAMPLES) if note not in own]
+    if taken:
+        write_atomically(ckpt_dir / SKIPPED_SAMPLES, json.dumps([*own, *taken], indent=1))
+    return [note for note in [*own, *taken] if note["data"] == identity]
+
+
+def note_skipped(ckpt_dir: Path, note: Note) -> None:
+    """Write down one more range: first and last sample, update, checkpoint gone back to, why. Raises UserError."""
     path = ckpt_dir / SKIPPED_SAMPLES
+    notes = [*_notes(path), note]
+    try:
+        write_atomically(path, json.dumps(notes, indent=1))
+    except OSError as error:
+        raise UserError(of_system(error)) from None
+
+
+def _notes(path: Path) -> list[Note]:
     try:
         notes = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        notes = []
-    write_atomically(path, json.dumps([*notes, note], indent=1))
+        if not all(name in note for note in notes for name in _NOTE):
+            raise ValueError("an entry lacks one of " + ", ".join(_NOTE))
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError) as error:
+        remedy = "mend it, or move it away: the samples that it names are trained on again then"
+        raise UserError(Problem(str(path), f"cannot be read ({error})", remedy)) from None
+    return list(notes)
 
 
 # ---------------------------------------------------------------- replicas

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, NoReturn
 from dsllama import arguments, console
 from dsllama.checkpoint.retention import LOCK, tidy
 from dsllama.cluster import environment
-from dsllama.cluster.liveness import EXIT_STOPPED, Hub, Link, say
+from dsllama.cluster.liveness import EXIT_STOPPED, OWN_END_SECONDS, Hub, Link, say
 from dsllama.config import TrainingConfig
 from dsllama.data.loader import DatasetLoader
 from dsllama.data.manifest import Manifest
@@ -353,7 +353,7 @@ def complain(text: str, rank: int, code: int, liveness: Hub | Link | None = None
     """Say what has ended this rank; returns the exit code."""
     text = f"rank {rank}: {text}" if text and rank else text
     if liveness is not None:  # the first rank says it for all, and all end
-        liveness.end(text, code)
+        liveness.end(text, code, OWN_END_SECONDS)
         return code
     if rank != 0:
         # Where the main rank has the same to say, the launcher ends this one meanwhile; else this one says it.

@@ -30,6 +30,7 @@ from dsllama.config import TrainingConfig
 from dsllama.data.loader import DatasetLoader
 from dsllama.data.tokenizer import Tokenizer
 from dsllama.derived import Derived
+from dsllama.errors import UserError
 from dsllama.locks import Hold
 from dsllama.machine import peak_memory_gib, peak_tflops, versions
 from dsllama.model import IGNORE_INDEX, LLaMaTransformer
@@ -197,13 +198,13 @@ class Trainer:
                     self._settle(last=False)
                 if self._goes_back(made):
                     continue
-                self._compare_replicas()
                 stopped_by = self.stop.cause or "another rank" if made.somebody_stops else ""
                 # It is the first at or beyond a multiple of token_ckpt.
                 save_is_due |= self.tokens % config.token_ckpt < config.tokens_per_update
                 last = bool(stopped_by) or self.update == updates
                 # A checkpoint amid skipped updates could only be worth less than the next one.
                 saves = last or (save_is_due and not self.streak.skipped)
+                self._compare_replicas(saves)
                 logs = self.update % config.log_interval == 0 or self.update in (self.first_update, updates)
                 evaluates = self.update % config.eval_interval == 0 or (saves and config.keep_best and not stopped_by)
                 validation = self._evaluate() if evaluates and self.job.validation else None
@@ -364,7 +365,7 @@ class Trainer:
 
     def _eta(self, row: Row) -> float:
         """Seconds from a row to the end of the run."""
-        return row.time / (row.update - self.first_update + 1) * (self.derived.updates - row.update)
+        return row.time / max(self.account.updates, 1) * (self.derived.updates - row.update)
 
     def _log(self, loss: float, grad_norm: float | None, validation: float | None) -> None:
         if self.report is None:
@@ -553,7 +554,8 @@ class Trainer:
         self.update = source.update
         self.account.resumed(source.update, source.manifest.get("account"))
         self.streak = Streak(**source.manifest.get("skipping", {}))
-        noted = self.world.ask_main(read_skipped, Path(self.config.ckpt_dir), self.loader.identity)
+        places = Path(self.config.ckpt_dir), source.path.parent
+        noted = self.world.ask_main(read_skipped, *places, self.loader.identity)
         self.health.load_state_dict(source.manifest.get("health", {}), noted)
         theirs, goes_on = source.manifest["schedule"], self.config.use_prev_scheduler
         self.scheduler.load_state_dict(theirs if goes_on else fresh)
@@ -633,19 +635,22 @@ class Trainer:
             times = f", after {self.config.max_skipped_updates} rollbacks to the same checkpoint" if source else ""
             self._give_up(f"{trouble.told.replace('its', 'the', 1)} at {place}{times}. Nothing of it was saved")
         note = {
-            "first": first, "last": first + size - 1, "update": self.update, "why": trouble.told,
-            "loss": repr(made.loss), "data": self.loader.identity, "at": timestamp(),
+            "first": first, "last": first + size - 1, "update": self.update, "from": source.update,
+            "why": trouble.told, "loss": repr(made.loss), "data": self.loader.identity, "at": timestamp(),
         }  # fmt: skip
-        self.world.ask_main(note_skipped, Path(self.config.ckpt_dir), note)
-        self.health.skip_samples(first, first + size)
-        self.world.say(
-            f"rolled back  update {self.update}: {trouble.told}. Its samples {first} to {first + size - 1} are left "
-            f"out from now on ({SKIPPED_SAMPLES}); going on from {source.path}"
-        )
         self._wait_for_housekeeping()
         lost = self.update
-        self.loader.load_state_dict(source.manifest["data"])
-        self._resume(source)
+        try:
+            self.world.ask_main(note_skipped, Path(self.config.ckpt_dir), note)
+            self.health.skip_samples(first, first + size)
+            self.loader.load_state_dict(source.manifest["data"])
+            self._resume(source)
+        except UserError as error:
+            raise TrainingFailed(f"{trouble.told} at {place}, and there is no way back: {error}") from None
+        self.world.say(
+            f"rolled back  update {lost}: {trouble.told}. Its samples {first} to {first + size - 1} are left out from "
+            f"now on ({SKIPPED_SAMPLES}); going on from {self.last_checkpoint and self.last_checkpoint.path}"
+        )
         self.updates_lost += lost - self.update
         self.skips, self.saved = deepspeed_engine.skips(self.engine), []
         if self.report is not None:
@@ -656,10 +661,11 @@ class Trainer:
         if self.report is not None:
             self.report.close()
 
-    def _compare_replicas(self) -> None:
-        """Stop where the ranks no longer hold the same weights. Collective."""
+    def _compare_replicas(self, saves: bool) -> None:
+        """Stop where the ranks no longer hold the same weights; before each save too, or the last good checkpoint
+        might not be one. Collective."""
         interval = self.config.check_replicas_interval
-        if not interval or self.update % interval or self.world.size == 1:
+        if not interval or (self.update % interval and not saves) or self.world.size == 1:
             return
         if not (differing := differing_replicas(self.engine.module)):
             return

@@ -11,7 +11,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dsllama import cli
-from dsllama.training.health import Health
+from dsllama.errors import UserError
+from dsllama.training.health import Health, read_skipped
 from tests.campaign import Campaign
 from tests.conftest import TinyData, starts_processes
 from tests.gradients import TROUBLE
@@ -91,8 +92,16 @@ def test_a_rollback_leaves_the_samples_out_at_every_resume(campaign: Campaign, e
     assert [(note["first"], note["last"], note["update"]) for note in notes] == [(40, 47, 6), (72, 79, 9)]
     assert cli.main(["checkpoints", "list", str(folder)]) == 0
     assert "2 rollbacks, 16 samples left out" in capsys.readouterr().out.splitlines()[-1]
-    _, again, _ = made(campaign, "rolled_back_again", 0)
+    _, again, _ = made(campaign, "rolled_back_again", 0)  # which takes the notes over
     assert again == losses[2:]
+
+
+def test_notes_that_cannot_be_read_are_an_error(tmp_path: Path) -> None:
+    """Or the samples that they name would be trained on again without a word."""
+    assert read_skipped(tmp_path, tmp_path, {}) == []
+    (tmp_path / "skipped_samples.json").write_text('[{"first": 40, "last": 47, "fr')
+    with pytest.raises(UserError, match=r"skipped_samples.json: cannot be read[\s\S]* are trained on again"):
+        read_skipped(tmp_path, tmp_path, {})
 
 
 def test_a_rollback_takes_up_the_engines_own_files_too(campaign: Campaign, expected: Expected) -> None:
