@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import shlex
@@ -153,6 +154,11 @@ def _parser() -> Parser:
 
     sub = add("account", _account, "where the wall clock of a run went, over all its starts")
     sub.add_argument("path", type=_path, help="the run's folder of checkpoints")
+    sub.add_argument("--json", dest="as_json", action="store_true", help="for programs")
+
+    sub = add("status", _status, "how a run goes, or has ended, and where each of its ranks is")
+    sub.add_argument("path", type=_path, help="the run's folder of checkpoints, or the one that holds it")
+    sub.add_argument("--watch", action="store_true", help="show it anew every two seconds, until the run has ended")
     sub.add_argument("--json", dest="as_json", action="store_true", help="for programs")
 
     sub = add("prune", _prune_checkpoints, "remove old checkpoints; never the only whole one", those)
@@ -349,6 +355,17 @@ def _account(path: Path, as_json: bool) -> None:
     seconds = account.total(starts)
     told = {"goodput": account.goodput(seconds), "seconds": seconds, "starts": [vars(start) for start in starts]}
     print(json.dumps(told, indent=1) if as_json else "\n".join(account.tables(starts)))
+
+
+def _status(path: Path, as_json: bool, watch: bool) -> None:
+    from dsllama.cluster import status
+
+    if watch:
+        with contextlib.suppress(KeyboardInterrupt):
+            status.watch(path)
+        return
+    told = status.of(path)
+    print(json.dumps(told, indent=1) if as_json else "\n".join(status.lines(told)))
 
 
 def _prune_checkpoints(path: Path, as_json: bool, dry_run: bool, damaged: bool, **kept: Any) -> None:

@@ -116,6 +116,24 @@ def hold(path: Path, where: str, value: str, remedy: str) -> Hold:
         raise UserError(of_system(error) if error.filename else Problem(where, str(error), remedy, value)) from None
 
 
+def is_held(path: Path) -> bool:
+    """Whether a lock file names an owner who, as far as can be told at once, lives: another machine's may be dead."""
+    owner = _owner(path)
+    if owner is None or owner["machine"] != _machine():
+        return owner is not None
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 @contextlib.contextmanager
 def locked(folder: Path, title: str) -> Iterator[None]:
     """Hold a folder, among the processes of this machine. Raises UserError (`title`) where another one writes to it."""

@@ -72,6 +72,11 @@ class Progress:
         return [self.update, self.micro_step, self.phase, self.changes, self.forward, self.data]
 
 
+def doing(update: int, micro_step: int, phase: str) -> str:
+    """A place in words."""
+    return _DOING.get(phase, phase).format(update, micro_step)
+
+
 @dataclass
 class Peer:
     """A rank as the hub knows it; heard, moved: when, on this process's clock."""
@@ -101,8 +106,7 @@ class Peer:
     @property
     def doing(self) -> str:
         """For people."""
-        update, micro_step, phase = self.place[:3]
-        return _DOING.get(phase, phase).format(update, micro_step)
+        return doing(*self.place[:3])
 
     @property
     def trains(self) -> bool:
@@ -183,6 +187,7 @@ class Hub(_Liveness):
         """Say it, and have all others end too; those that have not by themselves, after so many seconds."""
         say(text, code)  # first: the launcher ends this one as soon as another has gone
         self._take_leave({"end": code, "within": within})
+        self.write(text.partition(". ")[0] or "ended")
 
     def leave(self) -> None:
         """It goes in peace, and the others may too."""
@@ -217,7 +222,7 @@ class Hub(_Liveness):
             elif self._error and not self._deaths and now - self._since > self._patience:
                 self.on_end(*self._error)
             if now >= self._next_beat:
-                self._next_beat = now + max(5.0, self.size / 500)
+                self._next_beat = now + max(self.stuck_after / 8, self.size / 500)
                 for peer in list(self.peers.values()):
                     self._send(peer, {"beat": True})
             if now >= self._next_look:
@@ -454,7 +459,7 @@ class Link(_Liveness):
         super().__init__(rank, progress, stuck_after)
         place = json.loads(offer)
         self._socket = socket.create_connection((os.environ["MASTER_ADDR"], place["port"]), 60.0)
-        self._interval = max(_BEAT_SECONDS, size / 1000)
+        self._interval = max(min(_BEAT_SECONDS, stuck_after / 8), size / 1000)
         self._told_to_end = threading.Event()
         self._sending = threading.Lock()
         self._speaks = os.environ.get("LOCAL_RANK", "0") == "0"

@@ -56,7 +56,7 @@ class StopRequest:
         self.last_words: Callable[[], str] = lambda: "Nothing had been trained, nothing is lost."
         self.at_the_end: Callable[[str], None] = lambda _: None
         self.liveness: Hub | Link | None = None
-        self._is_read = not _nobody_reads()
+        self._is_read = _through_ssh() and not _nobody_reads()
         self._phase, self._first, self._from_launcher, self._closed = "while it was starting", 0.0, False, False
         self._launcher = _launcher_at_the_start()
         # nohup has SIGHUP ignored.
@@ -165,6 +165,17 @@ class StopRequest:
         else:
             say(text, code)
         os._exit(code)
+
+
+def _through_ssh() -> bool:
+    """Whether the launcher above this rank was started by another host's: it has nobody else who could tell it."""
+    with contextlib.suppress(OSError, ValueError):
+        process = os.getppid()
+        for _ in range(2):  # a shell, perhaps, and sshd
+            process = int(_stat(process)[1])
+            if Path(f"/proc/{process}/comm").read_text(encoding="utf-8").startswith("sshd"):
+                return True
+    return False
 
 
 def _nobody_reads() -> bool:
