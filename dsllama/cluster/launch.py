@@ -26,6 +26,8 @@ from dsllama.errors import Problem, UserError
 _MODULE = "dsllama.training"
 _PLAIN = re.compile(r"[\w@+=:,./-]+")
 _NO_HOSTFILE = "none"  # DeepSpeed takes /job/hostfile where it is told of none
+# Else pdsh waits for ever for a host that is frozen or cut off; shorter than that, a hiccup would end a run.
+_KEEP_ALIVE = "-o ServerAliveInterval=15 -o ServerAliveCountMax=4"
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,8 @@ def become(words: Sequence[str]) -> None:
     """Be that command from now on: its signals and its exit code are the user's."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(words[0], list(words))
+    given = os.environ.get("PDSH_SSH_ARGS_APPEND", "")
+    os.execve(words[0], list(words), {**os.environ, "PDSH_SSH_ARGS_APPEND": f"{_KEEP_ALIVE} {given}".strip()})
 
 
 def _installed(name: str) -> str:
