@@ -35,7 +35,8 @@ class Problem:
 
     def __str__(self) -> str:
         found = "" if self.value is None else f" = {_shorten(self.value)}"
-        remedy = f"\n      -> {self.remedy}" if self.remedy else ""
+        below = self.remedy.replace("\n", "\n         ")
+        remedy = f"\n      -> {below}" if below else ""
         return f"{self.where}{found}: {self.rule}{remedy}"
 
 

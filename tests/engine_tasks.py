@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import math
+import os
 import resource
 import tempfile
 from collections import Counter
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from dsllama import offload
+from dsllama.checkpoint.catalog import list_checkpoints
 from dsllama.config import TrainingConfig
 from dsllama.model import LLaMaTransformer
 from dsllama.training import engine as deepspeed_engine
@@ -207,7 +209,8 @@ def train_with_trouble(words: list[str], plan: dict[str, list[str]]) -> int:
 def planted(kind: Callable[[Trainer, int], str]) -> Iterator[None]:
     """Trainings within have something wrong. kind: of an attempt at an update, by its number with these samples:
     "nan", "inf" or "spike" (100 more) of the loss, "gradients" (NaN, with a loss that is finite), "bit" (one of a
-    weight is another when replicas are compared)."""
+    weight is another when replicas are compared), "damage" (NaN of the loss, and the newest checkpoint is no longer
+    whole)."""
     forward, attempt, compare = LLaMaTransformer.forward, Trainer._attempt, Trainer._compare_replicas
     wrong, attempts = "", Counter[int]()
 
@@ -216,6 +219,13 @@ def planted(kind: Callable[[Trainer, int], str]) -> Iterator[None]:
         self._pass_skipped_samples()
         attempts[self.loader.consumed_samples] += 1
         wrong = kind(self, attempts[self.loader.consumed_samples])
+        if wrong == "damage":
+            wrong = "nan"
+            if self.saver.busy:
+                self._settle(last=False)
+            if self.world.is_main:
+                for file in list_checkpoints(self.config.ckpt_dir)[-1].rglob("*.safetensors"):
+                    os.truncate(file, file.stat().st_size // 2)
         return attempt(self, *arguments, **options)
 
     def with_trouble(self: Any, tokens: Any, targets: Any = None, **more: Any) -> Any:

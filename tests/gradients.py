@@ -74,6 +74,11 @@ TROUBLE: dict[str, tuple[int, dict[str, Any], dict[str, list[str]]]] = {
         {"zero_stage": 2, "on_loss_spike": "roll_back", **_SPIKES, "token_ckpt": 3 * 256},
         {"64": ["spike*"]},
     ),
+    "rolls_back_to_nothing": (
+        1,
+        {"zero_stage": 2, "on_nonfinite_loss": "roll_back", "token_ckpt": 256},
+        {"8": ["damage*"]},
+    ),
     "replicas": (2, {"zero_stage": 0, "check_replicas_interval": 4, "token_ckpt": 256}, {"40": ["bit@1"]}),
 }
 EXACT = {
@@ -108,6 +113,7 @@ def work(folder: Path, data: TinyData, ranks: int) -> tuple[dict[str, Call], dic
         again = runs["rolled_back_again"] = Run(folder / "rolled_back_again", settings)
         calls["rolled_back_again"] = Call(f"{tasks}:train", {"argv": again.words()})
     if ranks == 1:
+        calls |= _going_back(folder, runs)
         more = {**runs["nan_at_the_end"].settings, "load_ckpt": "auto", "training_tokens": 20 * 256}
         going_on = Run(folder / "nan_at_the_end", more)
         calls["nan_again"] = Call(f"{tasks}:train_with_nan", {"words": going_on.words(), "updates": ALWAYS})
@@ -121,6 +127,32 @@ def work(folder: Path, data: TinyData, ranks: int) -> tuple[dict[str, Call], dic
         arguments = {"stage": stage, "precision": precision}
         calls[f"after_a_load_{precision}_{stage}"] = Call(f"{tasks}:settings_after_a_load", arguments)
     return calls, runs
+
+
+def _going_back(folder: Path, runs: dict[str, Run]) -> dict[str, Call]:
+    """Trainings that go on from a checkpoint, and back to it or beyond."""
+    source = runs["stops_at_the_loss"]  # which has checkpoints 1 to 5
+    later = {"load_ckpt": source.checkpoint(5), "on_nonfinite_loss": "roll_back", "training_tokens": 12 * 256}
+    for_ever = runs["rolls_back_for_ever"]
+    plans: dict[str, tuple[Run, dict[str, list[str]]]] = {
+        "rolls_back_past_its_start": (
+            Run(folder / "rolls_back_past_its_start", {**source.settings, **later, "token_ckpt": "1G"}),
+            {"40": ["nan*"]},
+        ),
+        "rolls_back_further": (
+            Run(folder / "rolls_back_further", {**source.settings, **later}),
+            {"56": ["damage*"]},
+        ),
+        "rolls_back_for_ever_again": (
+            Run(for_ever.folder, {**for_ever.settings, "load_ckpt": "auto"}),
+            TROUBLE["rolls_back_for_ever"][2],
+        ),
+    }
+    runs |= {name: run for name, (run, _) in plans.items()}
+    return {
+        name: Call("tests.engine_tasks:train_with_trouble", {"words": run.words(), "plan": plan})
+        for name, (run, plan) in plans.items()
+    }
 
 
 def _exact(folder: Path, settings: dict[str, Any]) -> Call:

@@ -92,7 +92,6 @@ class DatasetLoader(AbstractContextManager["DatasetLoader", None]):
             "seed": seed,
         }
         self._is_first_rank = process_rank == 0
-        self._tokens_per_update = tokens_per_update
         self._batches = _Batches(
             self.stream,
             start=0 if split == "train" else training_tokens,
@@ -199,10 +198,9 @@ class DatasetLoader(AbstractContextManager["DatasetLoader", None]):
         first = epoch * self.samples_per_epoch
         if epoch == 0 or first < self.consumed_samples or self._identity["split"] != "train" or not self._is_first_rank:
             return
-        place = f"at sample {first:,}"
-        if self._tokens_per_update:
-            place += f", update {first * self._identity['seq_len'] // self._tokens_per_update + 1:,}"
-        logger.warning(f"epoch {epoch + 1} begins ({place}): the data set's {self.tokens:,} tokens are seen again")
+        logger.warning(
+            f"epoch {epoch + 1} begins at sample {first:,}: the data set's {self.tokens:,} tokens are seen again"
+        )
 
 
 @dataclass(eq=False)

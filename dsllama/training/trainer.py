@@ -646,7 +646,8 @@ class Trainer:
             self.loader.load_state_dict(source.manifest["data"])
             self._resume(source)
         except UserError as error:
-            raise TrainingFailed(f"{trouble.told} at {place}, and there is no way back: {error}") from None
+            why = "; ".join(map(str, error.problems))
+            raise TrainingFailed(f"{trouble.told} at {place}, and there is no way back: {why}") from None
         self.world.say(
             f"rolled back  update {lost}: {trouble.told}. Its samples {first} to {first + size - 1} are left out from "
             f"now on ({SKIPPED_SAMPLES}); going on from {self.last_checkpoint and self.last_checkpoint.path}"

@@ -268,8 +268,7 @@ def test_each_pass_after_the_first_is_announced_once_by_the_first_rank(tmp_path,
     write_shards(tmp_path, [21])  # 10 samples; a micro-step takes 4
     said = announcements(tmp_path, caplog, steps=7, tokens_per_update=8)
     assert [line.split(" begins")[0] for line in said] == ["epoch 2", "epoch 3"]
-    assert "sample 10, update 3" in said[0]
-    assert "21 tokens are seen again" in said[0]
+    assert "begins at sample 10: the data set's 21 tokens are seen again" in said[0]
     assert announcements(tmp_path, caplog, steps=2) == []
     assert announcements(tmp_path, caplog, steps=7, rank=1) == []
     # Resumed within the second pass, it is not announced again; resumed at its very start, it is.
