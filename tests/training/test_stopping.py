@@ -131,7 +131,8 @@ def assert_saved(trained: Run) -> dict[str, Any]:
     checkpoint = list_checkpoints(trained.folder / "checkpoints")[-1]
     manifest: dict[str, Any] = json.loads((checkpoint / "manifest.json").read_text())
     assert manifest["update"] == int(trained.rows()[-1]["update"])
-    assert manifest["data"]["consumed_samples"] == manifest["update"] * 8
+    samples = trained.settings["tokens_per_update"] // trained.settings["max_seq_len"]
+    assert manifest["data"]["consumed_samples"] == manifest["update"] * samples
     return manifest
 
 
