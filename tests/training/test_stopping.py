@@ -178,7 +178,7 @@ def test_a_run_ends_in_time_and_says_beforehand_what_a_stop_takes(campaign: Camp
     assert_saved(trained)
 
 
-SLOW = {"n_layers": 8, "n_embd": 512, "tokens_per_update": 256 * 30}  # updates of some ten seconds
+SLOW = {"n_layers": 16, "n_embd": 512, "tokens_per_update": 256 * 30}  # updates of some ten seconds
 
 
 @pytest.mark.long
