@@ -120,6 +120,10 @@ def _parser() -> Parser:
     sub.add_argument("--processes", type=_count, default=None, help="on this machine (default: one for each GPU)")
     sub.add_argument("--dry_run", action="store_true", help="check, and print the command only")
     sub.add_argument("--no_check", action="store_true", help="do not ask the hosts before")
+    sub.add_argument(
+        "--max_restarts", type=_count, default=0, help="start it again so often, from the newest checkpoint"
+    )
+    sub.add_argument("--elastic", type=_count, metavar="MIN", help="go on with the hosts that answer, at least so many")
     arguments.add_config_options(sub)
 
     sub = add("doctor", _doctor, "what keeps these hosts from training together", parents=[places])
@@ -267,27 +271,22 @@ def _offload(recipes: Path | None, updates: int, device_memory: int | None, out:
     return offload.sweep(config, recipes or offload.RECIPES, updates, device_memory, out)
 
 
-def _launch(dry_run: bool, no_check: bool, processes: int | None, **options: Any) -> int | None:
-    from dsllama.cluster import doctor, launch
-    from dsllama.derived import derive
+def _launch(
+    dry_run: bool, no_check: bool, processes: int | None, max_restarts: int, elastic: int | None, **options: Any
+) -> int:
+    from dsllama.cluster.supervisor import Restarts, Supervisor
     from dsllama.training.run import vocabulary_so_far
 
     place, words, config = _place(options, processes)
     assert config is not None
-    hosts = place.hosts()
-    if hosts is not None:  # before anybody waits for a host
-        derive(config, sum(map(len, hosts.values())), vocabulary_so_far(config)[0])
-    command = launch.command(place, hosts, words)
-    if hosts is not None and not no_check:
-        found = doctor.examine(place, hosts, words, config, quick=True)
-        if found.problems:
-            print("\n".join(found.lines()), file=sys.stderr)
-            print("nothing was started (--no_check starts all the same)", file=sys.stderr)
-            return EXIT_USER_ERROR
-    print("starting     " + shlex.join(command), flush=True)
-    if not dry_run:
-        launch.become(command)
-    return None
+    if elastic is not None and place.hostfile is None:
+        raise UserError(Problem("--elastic", "needs several hosts", "give --hostfile", elastic))
+    restarts = Restarts(max_restarts, elastic, asks=not no_check)
+    supervisor = Supervisor(place, words, config, vocabulary_so_far(config)[0], restarts)
+    if dry_run:
+        print("starting     " + shlex.join(supervisor.command()))
+        return 0
+    return supervisor.run()
 
 
 def _doctor(as_json: bool, **options: Any) -> int:

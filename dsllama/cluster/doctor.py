@@ -100,7 +100,7 @@ def examine(
     nonce = uuid.uuid4().hex[:8]
     files = [f".doctor-{nonce}-{number}" for number in range(len(names))]
     port = place.master_port or 29500
-    ask = _Asking(place, began + LIMIT_SECONDS)
+    ask = Asking(place, began + LIMIT_SECONDS)
     patients = [Patient(name) for name in names]
     asked: list[dict[str, Any]] = [
         {"words": list(words), "files": files, "mine": files[number], "port": port if number == 0 else None}
@@ -124,7 +124,7 @@ def examine(
     return Diagnosis(patients, problems, rows, time.monotonic() - began)
 
 
-class _Asking:
+class Asking:
     """Asks hosts, each in a thread, until a moment that is the same for all."""
 
     def __init__(self, place: Place, deadline: float) -> None:
@@ -136,7 +136,7 @@ class _Asking:
             list(pool.map(partial(self._one, what, deadline), patients, asked))
 
     def _one(self, what: str, deadline: float, patient: Patient, asked: dict[str, Any]) -> None:
-        command = self._command(patient.name, [sys.executable, "-m", "dsllama.cluster.probe", what, json.dumps(asked)])
+        command = self.command(patient.name, [sys.executable, "-m", "dsllama.cluster.probe", what, json.dumps(asked)])
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             errors="replace", start_new_session=True,
@@ -172,7 +172,8 @@ class _Asking:
                 "rounds_error", "did not answer in time" if hung.is_set() else "".join(complaints)[-300:]
             )
 
-    def _command(self, name: str, words: Sequence[str]) -> list[str]:
+    def command(self, name: str, words: Sequence[str]) -> list[str]:
+        """What runs these words on a host."""
         if name == "localhost":
             return list(words)
         # As DeepSpeed starts the ranks there: in this folder, which is on Python's path, by this interpreter.
@@ -198,7 +199,7 @@ class _Asking:
         for patient in patients:
             if patient.name != "localhost":
                 subprocess.Popen(
-                    self._command(patient.name, words), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                    self.command(patient.name, words), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL, start_new_session=True,
                 )  # fmt: skip
 
@@ -289,7 +290,7 @@ def _difference(found: Any, usual: Any) -> str:
 
 
 def _together(
-    ask: _Asking, place: Place, well: Sequence[Patient], files: Sequence[str], ckpt_dir: str, port: int
+    ask: Asking, place: Place, well: Sequence[Patient], files: Sequence[str], ckpt_dir: str, port: int
 ) -> list[Problem]:
     """What shows only between hosts."""
     count = len(well)
@@ -324,12 +325,12 @@ def _rounds(count: int) -> list[list[list[int]]]:
     return [pairs for pairs in rounds if pairs]
 
 
-def _address_of(name: str, ask: _Asking) -> str:
+def _address_of(name: str, ask: Asking) -> str:
     """The address that DeepSpeed would take for the first host: the first that `hostname -I` names there."""
     try:
         left = max(1.0, ask.deadline - time.monotonic())
         said = subprocess.run(
-            ask._command(name, ["hostname", "-I"]), capture_output=True, text=True, timeout=left, check=True
+            ask.command(name, ["hostname", "-I"]), capture_output=True, text=True, timeout=left, check=True
         )
         return said.stdout.split()[0]
     except (OSError, subprocess.SubprocessError, IndexError):

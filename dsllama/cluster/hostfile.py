@@ -122,3 +122,8 @@ def select(hosts: Hosts, include: str = "", exclude: str = "") -> Hosts:
     if not left:
         raise UserError(Problem(option, "leaves no slot to train on", "leave some", text))
     return left
+
+
+def as_filter(hosts: Hosts) -> str:
+    """The --include that leaves just these."""
+    return "@".join(f"{name}:{','.join(map(str, slots))}" for name, slots in hosts.items())

@@ -1,13 +1,7 @@
-"""`dsllama launch`: check what can be checked, then become DeepSpeed's own launcher.
-
-    hostfile, filters, configuration -> hosts and batch arithmetic -> (doctor, the quick part) -> exec deepspeed ...
-
-The command is printed before it is executed, and may be typed instead.
-"""
+"""The command that `dsllama launch` comes to: DeepSpeed's own launcher. It is printed, and may be typed instead."""
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import shutil
@@ -26,8 +20,6 @@ from dsllama.errors import Problem, UserError
 _MODULE = "dsllama.training"
 _PLAIN = re.compile(r"[\w@+=:,./-]+")
 _NO_HOSTFILE = "none"  # DeepSpeed takes /job/hostfile where it is told of none
-# Else pdsh waits for ever for a host that is frozen or cut off; shorter than that, a hiccup would end a run.
-_KEEP_ALIVE = "-o ServerAliveInterval=15 -o ServerAliveCountMax=4"
 
 
 @dataclass(frozen=True)
@@ -112,14 +104,6 @@ def training_words(config_file: str | None, fields: dict[str, object]) -> list[s
         else:  # which may begin with a dash
             words.append(f"--{name}={value[0] if isinstance(value, list) else value}")
     return words
-
-
-def become(words: Sequence[str]) -> None:
-    """Be that command from now on: its signals and its exit code are the user's."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    given = os.environ.get("PDSH_SSH_ARGS_APPEND", "")
-    os.execve(words[0], list(words), {**os.environ, "PDSH_SSH_ARGS_APPEND": f"{_KEEP_ALIVE} {given}".strip()})
 
 
 def _installed(name: str) -> str:

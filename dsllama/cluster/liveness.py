@@ -162,6 +162,8 @@ class Hub(_Liveness):
         self._selector.register(self._listener, selectors.EVENT_READ, None)
         self.peers = {0: Peer(0, socket.gethostname(), os.getpid())}
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # by other threads
+        self._within = 0.0  # in so many seconds all will have ended
+        self.wish = ""  # of another rank's
         self._deaths: dict[int, str] = {}
         self._since = 0.0  # the first sign that something is wrong
         self._error: tuple[str, int] | None = None
@@ -187,7 +189,11 @@ class Hub(_Liveness):
         """Say it, and have all others end too; those that have not by themselves, after so many seconds."""
         say(text, code)  # first: the launcher ends this one as soon as another has gone
         self._take_leave({"end": code, "within": within})
+        self._within = within
         self.write(text.partition(". ")[0] or "ended")
+
+    def wishes(self, cause: str) -> None:
+        """This rank is asked to stop."""
 
     def leave(self) -> None:
         """It goes in peace, and the others may too."""
@@ -274,6 +280,8 @@ class Hub(_Liveness):
                 self._appoint_a_deputy()
         if "at" in told:
             self._longest = max(self._longest, self._moved(peer, told["at"]))
+        if "wishes" in told:
+            self.wish = self.wish or f"{told['wishes']} (rank {peer.rank} on {peer.host})"
         if "died" in told:
             self._dead(*told["died"])
         if "left" in told:
@@ -443,7 +451,8 @@ class Hub(_Liveness):
         ]
         told = {
             "written": time.time(), "ended": ended, "size": self.size, "ranks": ranks, "address": self._address,
-            "offer": json.loads(self.offer), "every": max(2.0, self.size / 500), **self.describe(),
+            "offer": json.loads(self.offer), "every": max(2.0, self.size / 500),
+            "within": self._within, **self.describe(),
         }  # fmt: skip
         temporary = self.folder / f".{STATUS}.tmp"
         with contextlib.suppress(OSError):
@@ -477,6 +486,10 @@ class Link(_Liveness):
         told = self._tell({"failed": [text, code]} if text else {"left": True})
         if not (self._told_to_end.wait(_LAST_WORDS_SECONDS) and told):
             say(text, code)
+
+    def wishes(self, cause: str) -> None:
+        """This rank is asked to stop: the first one says by what."""
+        self._tell({"wishes": cause})
 
     def leave(self) -> None:
         """It goes in peace."""

@@ -101,6 +101,15 @@ class StopRequest:
         if not self:
             self._ask(cause, from_launcher=False)
 
+    def whose(self) -> str:
+        """What has asked for it, here or at another rank."""
+        if not self and isinstance(self.liveness, Hub):
+            deadline = time.monotonic() + 1.0  # it is on its way
+            while not self.liveness.wish and time.monotonic() < deadline:
+                time.sleep(0.01)
+            return self.liveness.wish or "another rank"
+        return self.cause or "another rank"
+
     def mourn(self) -> None:
         """Where another rank has died, say so and end; else return. Takes two seconds."""
         deadline = time.monotonic() + _MOURNING_SECONDS
@@ -133,6 +142,8 @@ class StopRequest:
         self.cause, self._first, self._from_launcher = cause, time.monotonic(), from_launcher
         if self._phase:
             self._leave()
+        if self.liveness is not None:
+            self.liveness.wishes(cause)
 
     def _leave(self) -> NoReturn:
         rank = int(os.environ.get("RANK", 0))

@@ -198,7 +198,7 @@ class Trainer:
                     self._settle(last=False)
                 if self._goes_back(made):
                     continue
-                stopped_by = self.stop.cause or "another rank" if made.somebody_stops else ""
+                stopped_by = self.stop.whose() if made.somebody_stops else ""
                 # It is the first at or beyond a multiple of token_ckpt.
                 save_is_due |= self.tokens % config.token_ckpt < config.tokens_per_update
                 last = bool(stopped_by) or self.update == updates

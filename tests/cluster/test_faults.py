@@ -48,6 +48,11 @@ FAULTS: dict[str, tuple[Callable[[Hosts], object], str]] = {
         lambda hosts: hosts.link("gamma", "down"),
         r"rank 2 \(process \d+ on gamma\), .* has not been heard of for \d+ s \(stuck_after\): gamma does not answer",
     ),
+    "deepspeed is killed": (
+        signalled("bin/deepspeed", signal.SIGKILL, "alpha"),
+        r"ended        stopped by the end of who read its output.*The last checkpoint is",
+    ),
+    "dsllama launch is killed": (signalled("bin/dsllama", signal.SIGKILL, "alpha"), r"stopped by SIGTERM"),
     "a rank is frozen": (
         signalled(RANK, signal.SIGSTOP),
         r"rank 2 \(process \d+ on gamma\), .*\(stuck_after\): its process is stopped or frozen; gamma answers",
@@ -79,8 +84,6 @@ def test_what_happens_to_a_host_is_named_and_ends_all(tiny_data: TinyData, tmp_p
             assert time.monotonic() < deadline and (process.poll() is None or reader.is_alive()), "".join(said)[-4000:]
             time.sleep(0.1)
         named = time.monotonic() - began
-        if fault == "a rank is frozen":
-            signalled(RANK, signal.SIGCONT)(hosts)  # else it would lie there until its host is booted
         process.wait(PATIENCE)
         ended = time.monotonic() - began
         if fault == "the link is down":
@@ -91,3 +94,36 @@ def test_what_happens_to_a_host_is_named_and_ends_all(tiny_data: TinyData, tmp_p
                 time.sleep(0.5)
         print(f"FAULT {fault}: named after {named:.1f} s, launcher ended after {ended:.1f} s, "
               f"no rank left after {time.monotonic() - began:.1f} s")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("checks", "sentence"),
+    [
+        ((), r"1\. gamma: data cannot be used[\s\S]*is dataset_dir reachable under this path there"),
+        (("--no_check",), r"rank 2 on gamma could not start: dsllama cannot start: dataset_dir"),
+    ],
+)
+def test_data_that_one_host_lacks(tiny_data: TinyData, tmp_path: Path, checks: tuple[str, ...], sentence: str) -> None:
+    if reason := why_not():
+        pytest.skip(reason)
+    with Hosts(tmp_path / "hosts", NAMES) as hosts:
+        hosts.do("gamma", "mount", "-t", "tmpfs", "none", tiny_data.settings["dataset_dir"])
+        trained = Run(tmp_path / "run", {**tiny_data.settings, "batch_size": 1, "tokens_per_update": 9 * 32})
+        began = time.monotonic()
+        done = hosts.run("alpha", DSLLAMA, "launch", *checks, "--hostfile", hosts.hostfile(), *trained.words())
+        print(f"FAULT data missing {checks}: ended after {time.monotonic() - began:.1f} s")
+        assert done.returncode == 2 and re.search(sentence, done.stdout), done.stdout
+        assert done.stdout.count("dataset_dir") < 6, done.stdout
+
+
+def test_a_disk_that_is_full_for_one_host(tiny_data: TinyData, tmp_path: Path) -> None:
+    if reason := why_not():
+        pytest.skip(reason)
+    with Hosts(tmp_path / "hosts", NAMES[1:]) as hosts:
+        hosts.crash("gamma")
+        hosts.boot("gamma", below="prlimit --fsize=20000")
+        settings = {**tiny_data.settings, "zero_stage": 1, "on_failed_save": "go_on", "token_ckpt": 256 * 5}
+        trained = Run(tmp_path / "run", settings)
+        done = hosts.run("beta", DSLLAMA, "launch", "--no_check", "--hostfile", hosts.hostfile(), *trained.words())
+        assert re.search(r"not saved    the checkpoint of update 5 could not be written: .*gamma", done.stdout), done.stdout
+        assert done.returncode == 1  # its last one could not be written either
