@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from dsllama.checkpoint.catalog import list_checkpoints, update_of
+from dsllama.training.engine import free_port
 from tests.conftest import PATIENCE, REPOSITORY, Run, TinyData, environment, run, starts_processes
 from tests.hosts import DSLLAMA, Hosts, why_not
 
@@ -59,7 +60,7 @@ class Watched:
 
 
 def alone(trained: Run, *words: Any) -> Watched:
-    command = [DSLLAMA, "launch", "--processes", "2", *words, *trained.words()]
+    command = [DSLLAMA, "launch", "--processes", "2", "--master_port", free_port(), *words, *trained.words()]
     process = subprocess.Popen(
         list(map(str, command)), cwd=REPOSITORY, env=environment(), text=True, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
@@ -99,7 +100,7 @@ def test_a_run_goes_on_whatever_is_killed_and_stops_when_it_is_asked(tiny_data: 
 def test_restarts_that_come_to_nothing_are_ended(tiny_data: TinyData, tmp_path: Path) -> None:
     ruined = {"max_lr": 1e30, "schedule": "constant", "gradient_clipping": 0, "token_ckpt": 256 * 100}
     trained = Run(tmp_path / "run", {**tiny_data.settings, **ruined})
-    done = run(DSLLAMA, "launch", "--processes", 1, "--max_restarts", 9, *trained.words())
+    done = run(DSLLAMA, "launch", "--processes", 1, "--master_port", free_port(), "--max_restarts", 9, *trained.words())
     assert done.returncode == 70, done.stdout + done.stderr
     assert len(re.findall("^restart ", done.stdout, re.M)) == 3
     assert "3 restarts have come to no new checkpoint" in done.stdout
