@@ -125,5 +125,6 @@ def test_a_disk_that_is_full_for_one_host(tiny_data: TinyData, tmp_path: Path) -
         settings = {**tiny_data.settings, "zero_stage": 1, "on_failed_save": "go_on", "token_ckpt": 256 * 5}
         trained = Run(tmp_path / "run", settings)
         done = hosts.run("beta", DSLLAMA, "launch", "--no_check", "--hostfile", hosts.hostfile(), *trained.words())
-        assert re.search(r"not saved    the checkpoint of update 5 could not be written: .*gamma", done.stdout), done.stdout
+        sentence = r"not saved    the checkpoint of update 5 could not be written: .*gamma"
+        assert re.search(sentence, done.stdout), done.stdout
         assert done.returncode == 1  # its last one could not be written either
