@@ -132,7 +132,7 @@ def work(folder: Path, data: TinyData, ranks: int) -> tuple[dict[str, Call], dic
 def _going_back(folder: Path, runs: dict[str, Run]) -> dict[str, Call]:
     """Trainings that go on from a checkpoint, and back to it or beyond."""
     source = runs["stops_at_the_loss"]  # which has checkpoints 1 to 5
-    later = {"load_ckpt": source.checkpoint(5), "on_nonfinite_loss": "roll_back", "training_tokens": 12 * 256}
+    later = {"load_ckpt": source.checkpoint(5), "on_nonfinite_loss": "roll_back"}
     for_ever = runs["rolls_back_for_ever"]
     plans: dict[str, tuple[Run, dict[str, list[str]]]] = {
         "rolls_back_past_its_start": (
