@@ -31,6 +31,7 @@ from typing import Any, NoReturn
 STATUS = "status.json"
 # What a run returns when it was stopped and has saved: "try again later" in sysexits.h, for a scheduler to requeue.
 EXIT_STOPPED = 75
+GONE = "has gone"  # how a rank has ended of which nobody knows more
 _UPDATE = ("update", "data", "forward", "backward", "step", "loss")
 _DOING = {
     "update": "in update {0}", "data": "waiting for the data of update {0}, micro-step {1}",
@@ -316,11 +317,11 @@ class Hub(_Liveness):
         """Who has died, where and of what."""
         first = [self.peers[rank] for rank in sorted(self._deaths) if rank in self.peers]
         if not first:
-            return f"rank {min(self._deaths)} {self._deaths[min(self._deaths)] or 'has gone'}"
-        told = [f"{peer}, {peer.doing}, {self._deaths[peer.rank] or 'has gone'}" for peer in first[:3]]
+            return f"rank {min(self._deaths)} {self._deaths[min(self._deaths)] or GONE}"
+        told = [f"{peer}, {peer.doing}, {self._deaths[peer.rank] or GONE}" for peer in first[:3]]
         if len(first) > 3:
             told.append(f"and {len(first) - 3} more on {', '.join(sorted({peer.host for peer in first}))}")
-        if not any(self._deaths.values()):  # nobody was there to see it
+        if not any(how not in ("", GONE) for how in self._deaths.values()):  # nobody was there to see it
             told[-1] += f": killed (by somebody, or for want of memory, says dmesg), or {first[0].host} went down"
         return "; ".join(told)
 

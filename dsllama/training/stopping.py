@@ -25,7 +25,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import NoReturn
 
-from dsllama.cluster.liveness import EXIT_STOPPED, Hub, Link, say
+from dsllama.cluster.liveness import EXIT_STOPPED, GONE, Hub, Link, say
 
 EXIT_FAILED = 1
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -237,7 +237,7 @@ def _end_of(process: int) -> str | None:
     try:
         fields = _stat(process)
     except OSError:
-        return "has gone"  # and its parent has been told how
+        return GONE  # and its parent has been told how
     if fields[0] not in "ZX":
         return None
     number = int(fields[-1]) & 0x7F  # the exit code, where the kernel shows it
