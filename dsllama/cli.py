@@ -284,7 +284,7 @@ def _launch(
     restarts = Restarts(max_restarts, elastic, asks=not no_check)
     supervisor = Supervisor(place, words, config, vocabulary_so_far(config)[0], restarts)
     if dry_run:
-        print("starting     " + shlex.join(supervisor.command()))
+        print("starting     " + shlex.join(supervisor.command(supervisor.first_hosts())))
         return 0
     return supervisor.run()
 

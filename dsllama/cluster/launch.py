@@ -19,6 +19,7 @@ from dsllama.errors import Problem, UserError
 
 _MODULE = "dsllama.training"
 _PLAIN = re.compile(r"[\w@+=:,./-]+")
+_MOST_HOSTS = 1024  # DeepSpeed's PDSH_MAX_FAN_OUT
 _NO_HOSTFILE = "none"  # DeepSpeed takes /job/hostfile where it is told of none
 
 
@@ -63,6 +64,9 @@ def command(place: Place, hosts: Hosts | None, words: Sequence[str]) -> list[str
         if shutil.which("pdsh") is None:
             rule = "is not installed here, and DeepSpeed starts other hosts with it"
             raise UserError(Problem("pdsh", rule, "apt-get install pdsh, or its like"))
+        if hosts is not None and len(hosts) > _MOST_HOSTS:
+            rule = f"names {len(hosts)} hosts; pdsh starts {_MOST_HOSTS} at once, and the others when one has ended"
+            raise UserError(Problem("--hostfile", rule, "use srun or mpirun (docs/cluster.md)"))
         made += ["--force_multi"]  # else a filter that leaves one host trains on this machine, whichever it names
     given = {"master_addr": place.master_addr, "master_port": place.master_port, "ssh_port": place.ssh_port}
     for name, value in given.items():

@@ -97,8 +97,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Until the run has come to its end; returns the exit code. Raises UserError."""
-        self.command()  # mistakes first, before anybody waits for a host
-        hosts = self._fitting(self._well() if self.restarts.asks or self.restarts.fewest_hosts else self.hosts)
+        hosts = self.first_hosts()
         made = in_vain = 0
         with self._listening():
             while True:
@@ -166,7 +165,7 @@ class Supervisor:
         return (128 - code if code < 0 else code), why
 
     def _start(self, hosts: Hosts | None) -> _Attempt:
-        command = self._command(hosts)
+        command = self.command(hosts)
         self._say("starting     " + shlex.join(command))
         given = os.environ.get("PDSH_SSH_ARGS_APPEND", "")
         earlier = self._last_start()
@@ -177,11 +176,8 @@ class Supervisor:
         self._child = process.pid
         return _Attempt(hosts, process, earlier)
 
-    def command(self) -> list[str]:
-        """What would be typed for the first start. Raises UserError."""
-        return self._command(self._fitting(self.hosts))
-
-    def _command(self, hosts: Hosts | None) -> list[str]:
+    def command(self, hosts: Hosts | None) -> list[str]:
+        """What would be typed. Raises UserError."""
         words = list(self.words)
         if self._is_restart and self._newest():
             words += ["--load_ckpt=auto"]
@@ -281,6 +277,11 @@ class Supervisor:
                            timeout=_LEFT_SECONDS, check=False)  # fmt: skip
 
     # -------------------------------------------------------- hosts
+
+    def first_hosts(self) -> Hosts | None:
+        """Those to start with. Raises UserError."""
+        self.command(self._fitting(self.hosts))  # mistakes first, before anybody waits for a host
+        return self._fitting(self._well() if self.restarts.asks or self.restarts.fewest_hosts else self.hosts)
 
     def _well(self, names: Sequence[str] = (), quietly: bool = False) -> Hosts | None:
         """Those that are well, of these or of all. Raises UserError where they are too few."""

@@ -99,6 +99,10 @@ def test_mistakes_are_told_together_and_before_anybody_is_asked(tmp_path: Path, 
     hostfile.write_text("nowhere.invalid slots=3\n")
     done = launched("--hostfile", hostfile, *Run(tmp_path / "run", tiny_data.settings).words())
     assert done.returncode == 2 and "tokens_per_update" in done.stderr  # 256 do not divide among 3
+    hostfile.write_text("".join(f"n{number} slots=1\n" for number in range(1025)))
+    shape = {**tiny_data.settings, "batch_size": 1, "tokens_per_update": 1025 * 32, "training_tokens": "1G"}
+    done = launched("--hostfile", hostfile, *Run(tmp_path / "run", shape).words())
+    assert done.returncode == 2 and "names 1025 hosts; pdsh starts 1024 at once" in done.stderr, done.stderr
     assert launched("--include", "a", "--config", REPOSITORY / "configs" / "quickstart.yaml").returncode == 2
 
 
