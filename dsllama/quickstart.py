@@ -7,11 +7,8 @@ Each stage that is done already is kept. A run that was interrupted goes on; one
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
-import signal
-import subprocess
 import sys
 import time
 from functools import partial
@@ -19,13 +16,14 @@ from pathlib import Path
 from statistics import fmean, median_high
 from typing import Any
 
-import psutil
 import torch
 import yaml
 
 from dsllama.arguments import value_of
 from dsllama.checkpoint.catalog import Checkpoint, newest_whole
 from dsllama.checkpoint.retention import LOCK
+from dsllama.cluster.launch import Place
+from dsllama.cluster.supervisor import Restarts, Supervisor
 from dsllama.config import TrainingConfig, load_config, read_settings
 from dsllama.data.corpus import gather_stdlib_corpus
 from dsllama.data.encode import encode
@@ -77,9 +75,9 @@ def quickstart(folder: Path, fresh: bool = False, ranks: int | None = None, over
     write_own(config_file, yaml.safe_dump(config.to_dict(), sort_keys=False))
     if done is not None:
         _say(f"training     goes on from {done.path} ({done.update} updates); ARGS=--fresh would start it anew")
-    command = launch_command(config_file, ranks)
-    _say("training     " + " ".join(command))
-    if code := run_launcher(command):
+    place = Place(processes=ranks, master_port=int(free_port()))
+    words = ["--config", str(config_file)]
+    if code := Supervisor(place, words, config, config.vocab_size or DEFAULT_VOCABULARY, Restarts()).run():
         stopped = "stopped, with a checkpoint; `make quickstart` goes on from it"
         _say(stopped if code == EXIT_STOPPED else f"training ended with exit code {code}; what it said is above")
         return code
@@ -103,58 +101,6 @@ def fitting_batch(config: TrainingConfig, ranks: int) -> int:
     share, rest = divmod(config.tokens_per_update, config.max_seq_len * ranks)
     fitting = [size for size in range(1, config.batch_size + 1) if not rest and share % size == 0]
     return max(fitting, default=config.batch_size)
-
-
-def launch_command(config_file: Path, ranks: int) -> list[str]:
-    """What a user would type to start the run."""
-    # The launcher that belongs to this Python, whatever comes first on PATH.
-    launcher = Path(sys.executable).with_name("deepspeed")
-    found = str(launcher) if launcher.exists() else "deepspeed"
-    script = ["launch/train.py"] if Path("launch/train.py").exists() else ["--module", "dsllama.training.run"]
-    gpus = _gpus()
-    where = ["--include", f"localhost:{','.join(gpus[:ranks])}"] if gpus else ["--num_gpus", str(ranks)]
-    return [found, *where, "--master_port", free_port(), *script, "--config", str(config_file)]
-
-
-def _gpus() -> list[str]:
-    """The numbers of the GPUs that may be used. DeepSpeed's --num_gpus would count from 0, whatever is visible."""
-    visible, count = os.environ.get("CUDA_VISIBLE_DEVICES", ""), torch.cuda.device_count()
-    numbers = [number.strip() for number in visible.split(",") if number.strip()] or [str(n) for n in range(count)]
-    if count and not all(number.isdecimal() for number in numbers):
-        rule = "must be numbers, which are what DeepSpeed's launcher understands"
-        raise UserError(Problem("CUDA_VISIBLE_DEVICES", rule, "write those that `nvidia-smi -L` shows", visible))
-    return numbers[:count]
-
-
-def run_launcher(command: list[str]) -> int:
-    """Run DeepSpeed's launcher; a signal asks the ranks to save and stop, a second one kills everything."""
-    environment = {
-        **os.environ,
-        "PYTHONWARNINGS": "ignore::FutureWarning",
-        "DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu",
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
-    }
-    # The command names the GPUs; DeepSpeed would say at length that it leaves this aside.
-    environment.pop("CUDA_VISIBLE_DEVICES", None)
-    quiet = [command[0], "-q", *command[1:]]
-    # In a session of its own, so that the terminal's Ctrl-C reaches us alone and not the launcher, which would kill.
-    process = subprocess.Popen(quiet, env=environment, start_new_session=True)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
-    try:
-        return process.wait()
-    except KeyboardInterrupt:
-        _say("stopping after this update, with a checkpoint (Ctrl-C again stops at once)")
-    try:
-        for child in psutil.Process(process.pid).children(recursive=True):
-            with contextlib.suppress(psutil.Error):
-                if any(word.startswith("--local_rank") for word in child.cmdline()):  # a rank; else some helper
-                    child.send_signal(signal.SIGINT)
-        return process.wait()
-    except KeyboardInterrupt:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        raise
 
 
 def check_torch() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dsllama import machine, quickstart
+from dsllama.cluster.launch import Place, command, environment
 from dsllama.config import load_config
 from dsllama.deepspeed_config import deepspeed_config
 from dsllama.derived import derive
@@ -35,24 +36,25 @@ def test_the_quickstart_fits_any_number_of_gpus(gpus: int, monkeypatch: pytest.M
     ("visible", "gpus", "ranks", "expected"),
     [("2,3", 2, 2, "localhost:2,3"), ("5, 1", 2, 1, "localhost:5"), (None, 4, 2, "localhost:0,1")],
 )
-def test_the_quickstart_takes_the_gpus_that_are_visible(
+def test_a_launch_takes_the_gpus_that_are_visible(
     visible: str | None, gpus: int, ranks: int, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(os, "environ", {**os.environ, **({"CUDA_VISIBLE_DEVICES": visible} if visible else {})})
-    command = quickstart.launch_command(Path("c.yaml"), ranks)
-    assert command[command.index("--include") + 1] == expected and "--num_gpus" not in command
+    made = command(Place(processes=ranks), None, [])
+    assert made[made.index("--include") + 1] == expected and "--num_gpus" not in made
+    assert "CUDA_VISIBLE_DEVICES" not in environment(Place(processes=ranks))
 
 
 def test_gpus_that_the_launcher_does_not_understand_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8f2a")
     with pytest.raises(UserError, match=r"CUDA_VISIBLE_DEVICES = 'GPU-8f2a'(.|\n)*nvidia-smi -L"):
-        quickstart.launch_command(Path("c.yaml"), 1)
+        command(Place(processes=1), None, [])
 
 
 def test_without_gpus_it_launches_ranks_on_the_cpu() -> None:
-    assert "--num_gpus" in quickstart.launch_command(Path("c.yaml"), 2)
+    assert "--num_gpus" in command(Place(processes=2), None, [])
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -19,6 +20,8 @@ from dsllama.errors import Problem, UserError
 
 _MODULE = "dsllama.training"
 _PLAIN = re.compile(r"[\w@+=:,./-]+")
+# Shorter than that, a hiccup would end a run.
+_KEEP_ALIVE = "-o ServerAliveInterval=15 -o ServerAliveCountMax=4"
 _MOST_HOSTS = 1024  # DeepSpeed's PDSH_MAX_FAN_OUT
 _NO_HOSTFILE = "none"  # DeepSpeed takes /job/hostfile where it is told of none
 
@@ -55,7 +58,10 @@ def command(place: Place, hosts: Hosts | None, words: Sequence[str]) -> list[str
     several = hosts is not None and (len(hosts) > 1 or not is_here(next(iter(hosts))))
     if hosts is None:
         made += ["--hostfile", _NO_HOSTFILE]
-        made += ["--num_gpus", str(place.processes)] if place.processes else []
+        if place.processes and (gpus := _gpus()):
+            made += ["--include", f"localhost:{','.join(gpus[: place.processes])}"]
+        elif place.processes:
+            made += ["--num_gpus", str(place.processes)]
     else:
         made += ["--hostfile", str(place.hostfile)]
         made += ["--include", place.include] if place.include else []
@@ -108,6 +114,34 @@ def training_words(config_file: str | None, fields: dict[str, object]) -> list[s
         else:  # which may begin with a dash
             words.append(f"--{name}={value[0] if isinstance(value, list) else value}")
     return words
+
+
+def environment(place: Place) -> dict[str, str]:
+    """In which that command runs."""
+    own = {"PYTHONWARNINGS": "ignore::FutureWarning"}
+    found = {**own, **os.environ}
+    found["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    if place.hostfile is not None:  # else pdsh waits for ever for a host that is frozen or cut off
+        found["PDSH_SSH_ARGS_APPEND"] = f"{_KEEP_ALIVE} {os.environ.get('PDSH_SSH_ARGS_APPEND', '')}".strip()
+        return found
+    import torch
+
+    found.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    if place.processes:  # the command names the GPUs; DeepSpeed would say at length that it leaves this aside
+        found.pop("CUDA_VISIBLE_DEVICES", None)
+    return found
+
+
+def _gpus() -> list[str]:
+    """The numbers of the GPUs that may be used. DeepSpeed's --num_gpus would count from 0, whatever is visible."""
+    import torch
+
+    visible, count = os.environ.get("CUDA_VISIBLE_DEVICES", ""), torch.cuda.device_count()
+    numbers = [number.strip() for number in visible.split(",") if number.strip()] or [str(n) for n in range(count)]
+    if count and not all(number.isdecimal() for number in numbers):
+        rule = "must be numbers, which are what DeepSpeed's launcher understands"
+        raise UserError(Problem("CUDA_VISIBLE_DEVICES", rule, "write those that `nvidia-smi -L` shows", visible))
+    return numbers[:count]
 
 
 def _installed(name: str) -> str:

@@ -45,8 +45,6 @@ from dsllama.training.stopping import EXIT_FAILED
 EXIT_NO_PROGRESS = 70
 _MOST_IN_VAIN = 3
 _LOOK_SECONDS = 0.2
-# Else pdsh waits for ever for a host that is frozen or cut off; shorter than that, a hiccup would end a run.
-_KEEP_ALIVE = "-o ServerAliveInterval=15 -o ServerAliveCountMax=4"
 # After the first rank has ended the run: until what still hangs is killed.
 _LEFT_SECONDS = 10.0
 # Of no news from the first rank: it is no more, or nobody can tell.
@@ -167,11 +165,10 @@ class Supervisor:
     def _start(self, hosts: Hosts | None) -> _Attempt:
         command = self.command(hosts)
         self._say("starting     " + shlex.join(command))
-        given = os.environ.get("PDSH_SSH_ARGS_APPEND", "")
         earlier = self._last_start()
         process = subprocess.Popen(  # in a session of its own: the terminal's signals come to us alone
             command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_end_with_parent,
-            env={**os.environ, "PDSH_SSH_ARGS_APPEND": f"{_KEEP_ALIVE} {given}".strip()},
+            env=launch.environment(self.place),
         )  # fmt: skip
         self._child = process.pid
         return _Attempt(hosts, process, earlier)
@@ -215,6 +212,8 @@ class Supervisor:
             self._kill(attempt)
         elif not attempt.asked:
             attempt.asked = True
+            if self.wish:
+                self._say("stopping     after this update, with a checkpoint (the same again stops at once)")
             if attempt.folder is None or not liveness.interrupt(attempt.folder, self.wish or self._grows):
                 attempt.process.terminate()
 
